@@ -1,0 +1,28 @@
+"""Pruning methods for PEFT. Importing this package makes PEFT know them."""
+
+from .config import PruningConfig
+from .functional import finalize, update_schedule
+from .masks.codec import MaskFormatError
+from .training.callback import PruningCallback
+from .training.distillation import distillation_loss
+from .training.optimizer import create_pruning_optimizer
+from .training.trainer import PruningTrainer
+from .tuners.smp import SMPConfig, SMPModel
+from .tuners.verbalizer import make_verbalizer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaskFormatError",
+    "PruningCallback",
+    "PruningConfig",
+    "PruningTrainer",
+    "SMPConfig",
+    "SMPModel",
+    "create_pruning_optimizer",
+    "distillation_loss",
+    "finalize",
+    "make_verbalizer",
+    "update_schedule",
+]

@@ -1,0 +1,158 @@
+"""What a training loop calls. All of it walks modules, so it works however the adapter got into the model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Optional
+
+import torch
+from torch import nn
+
+from .config import PruningConfig
+from .masks.allocation import allocate_by_score, allocate_globally
+from .masks.granularity import parse_granularity
+from .masks.schedule import Schedule
+from .tuners.layer import PruningLayer
+from .tuners.model import pruning_layers
+
+
+def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
+    """Layers of each active adapter whose masks are not final yet, by adapter name."""
+    adapters: dict[str, list[PruningLayer]] = {}
+    for layer in pruning_layers(model):
+        for name in layer.active_adapters:
+            if name in layer.scores:
+                adapters.setdefault(name, []).append(layer)
+    return adapters
+
+
+def module_kind(name: str) -> str:
+    """Kind of a module: its name without numbers, the same for all queries, for all keys, and so on."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def update_schedule(
+    model: nn.Module, step: int, total_steps: Optional[int] = None, grad_scale: float = 1.0
+) -> dict[str, float]:
+    """Bring sparsity and penalty of the active adapters to where the schedule wants them.
+
+    Call it once before training with `step=0` and after each optimizer step with the number of steps done, as AdaLoRA's
+    `update_and_allocate`. `PruningCallback` does so inside a `Trainer`. The penalty needs nothing more: its gradient is
+    added to that of the scores in the first backward pass after the call, so gradient accumulation does not change it.
+
+    Args:
+        model (`nn.Module`): any model that contains pruning layers.
+        step (`int`): number of optimizer steps done.
+        total_steps (`int`, *optional*): number of steps of the whole training; by default `config.total_steps`.
+        grad_scale (`float`): factor by which the loss is scaled (fp16 gradient scaling), so that the penalty is too.
+
+    Returns:
+        `dict[str, float]`: `sparsity` (of all target weights), `penalty_lambda` and `penalty` (λ times the mean of
+        `mean(sigmoid(S))`) of the first active adapter.
+
+    Raises:
+        ValueError: there is nothing to advance, the number of steps is unknown, or `step` is beyond it.
+    """
+    adapters = trained_adapters(model)
+    if not adapters:
+        state = "are final already" if pruning_layers(model) else "were not found in this model"
+        raise ValueError(f"update_schedule: pruning adapters {state}, so there is no schedule to advance.")
+    reports = [_update_adapter(name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
+    return reports[0]
+
+
+def _update_adapter(
+    name: str, layers: list[PruningLayer], step: int, total_steps: Optional[int], grad_scale: float
+) -> dict[str, float]:
+    config = layers[0].pruning_config[name]
+    total = total_steps if total_steps is not None else config.total_steps
+    if total is None or total < 1:
+        raise ValueError(
+            f"total_steps={total!r}: update_schedule has to know how long training is. Set `total_steps` in the config, "
+            "or pass update_schedule(model, step, total_steps)."
+        )
+    if not 0 <= step <= total:
+        raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
+    config.total_steps = total
+    for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
+        layer.set_kept(name, kept, step, total)
+    weight = Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total)
+    if weight:
+        for layer in layers:
+            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
+    return {
+        "sparsity": sparsity(layers, name),
+        "penalty_lambda": weight,
+        "penalty": weight * float(torch.stack([layer.penalty_value(name) for layer in layers]).mean()),
+    }
+
+
+def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
+    """Number of weights that each layer keeps at a step: schedule and allocation together."""
+    config = layers[0].pruning_config[name]
+    granularity = parse_granularity(config.granularity)
+    densities = [
+        1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
+    ]
+    counts = [granularity.count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)]
+    shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
+    if config.allocation == "local" or not shared:
+        return counts
+    scores = [layers[i].scores[name] for i in shared]
+    density = densities[shared[0]]
+    if config.allocation == "global":
+        allocated = allocate_globally(scores, density)
+    else:
+        kinds = [module_kind(layers[i].module_name) for i in shared]
+        allocated = allocate_by_score(scores, kinds, density, config.temperature)
+    for i, count in zip(shared, allocated, strict=True):
+        counts[i] = count
+    return counts
+
+
+def sparsity(layers: list[PruningLayer], adapter_name: str) -> float:
+    """Share of the weights of some layers that an adapter removes."""
+    total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return 1.0 - sum(layer.kept(adapter_name) for layer in layers) / total
+
+
+def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
+    """Make the masks final: scores are dropped, and each mask becomes 1 bit a weight.
+
+    What the model computes does not change. `PruningCallback` calls this at the end of training.
+
+    Args:
+        model (`nn.Module`): any model that contains pruning layers.
+        adapter_name (`str`, *optional*): adapter to finalize, by default all active ones that are not final yet.
+
+    Raises:
+        ValueError: there is no adapter left to finalize.
+    """
+    adapters = trained_adapters(model)
+    if adapter_name is not None:
+        adapters = {adapter_name: [m for m in pruning_layers(model, adapter_name) if adapter_name in m.scores]}
+    if not any(adapters.values()):
+        raise ValueError(
+            f"finalize: no adapter with trained scores found (adapter_name={adapter_name!r}). It is final already, not "
+            "active, or not there."
+        )
+    for name, layers in adapters.items():
+        config = layers[0].pruning_config[name]
+        _warn_if_target_missed(name, layers, config)
+        config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
+        config.finalized = True
+
+
+def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
+    step, total = layers[0].progress[name][:2].tolist()
+    reached = sparsity(layers, name)
+    wanted = sum(layer.target_sparsity(name) * layer.shape[0] * layer.shape[1] for layer in layers)
+    wanted /= sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    if abs(reached - wanted) > 1e-3 and config.init_weights:
+        when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
+        warnings.warn(
+            f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. Train "
+            "to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before finalize.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,42 @@
+"""How a value moves from its start to its end over training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+# Each curve runs from 0 to 1 as progress does.
+CURVES = {
+    "cubic": lambda progress: 1.0 - (1.0 - progress) ** 3,  # Zhu & Gupta 2017, eq. 1
+    "linear": lambda progress: progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value that goes from `initial` to `final` between two shares of training and rests outside them.
+
+    Args:
+        initial (`float`): value up to `start`.
+        final (`float`): value from `end` on.
+        start (`float`): share of training, from 0 to 1, at which the change begins.
+        end (`float`): share of training at which it is complete.
+        curve (`str`): `"cubic"` (fast at first), `"linear"`, or `"constant"` (`final` from `start` on).
+    """
+
+    initial: float
+    final: float
+    start: float = 0.0
+    end: float = 1.0
+    curve: str = "cubic"
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Value in force for the optimizer step number `step` (0 is the first) of `total_steps`."""
+        progress = step / total_steps
+        if progress < self.start:
+            return self.initial
+        if progress >= self.end or self.curve == "constant":
+            return self.final
+        share = CURVES[self.curve]((progress - self.start) / (self.end - self.start))
+        return self.initial + (self.final - self.initial) * share

@@ -1,0 +1,1 @@
+"""Training helpers. They look at the tuners from outside; nothing in the tuners knows of them."""

@@ -1,0 +1,81 @@
+"""The callback that lets any `Trainer` prune."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from transformers import TrainerCallback
+
+from ..functional import finalize, sparsity, trained_adapters, update_schedule
+from ..tuners.model import pruning_layers
+
+
+class PruningCallback(TrainerCallback):
+    """Advances sparsity and penalty after each optimizer step, logs them, and finalizes the masks at the end.
+
+    Works with any [`~transformers.Trainer`], TRL's included. `load_best_model_at_end` compares evaluations at the final
+    sparsity only: an early, denser model would always look better.
+
+    Args:
+        finalize_at_end (`bool`): turn scores into masks when training ends. With `False` they stay trainable, and
+            [`peft_prune.finalize`] is yours to call.
+
+    Raises:
+        ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores.
+    """
+
+    def __init__(self, finalize_at_end: bool = True) -> None:
+        self.finalize_at_end = finalize_at_end
+        self.last: dict[str, float] = {}
+
+    def _grad_scale(self, optimizer: Any) -> float:
+        scaler = getattr(optimizer, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Find the adapters, and set the schedule to where training begins or is resumed."""
+        if not trained_adapters(model):
+            reason = "has final masks already" if pruning_layers(model) else "contains no pruning adapter"
+            raise ValueError(
+                f"PruningCallback: the model {reason}, so there is nothing to train. Wrap the base model first: "
+                "get_peft_model(base_model, SMPConfig(...))."
+            )
+        for layer in pruning_layers(model):
+            layer.schedule_is_managed = True
+        self._advance(state, model, kwargs.get("optimizer"))
+
+    def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:
+        self.last = update_schedule(
+            model, min(state.global_step, state.max_steps), state.max_steps, self._grad_scale(optimizer)
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Advance the schedule; forget a best model that was chosen before the final sparsity was reached."""
+        self._advance(state, model, kwargs.get("optimizer"))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `on_step_begin`."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Forget a best model that was chosen while sparsity was still growing."""
+        if state.best_metric is None:
+            return
+        for name, layers in trained_adapters(model).items():
+            config = layers[0].pruning_config[name]
+            if state.global_step < config.schedule_end * state.max_steps:
+                state.best_metric = state.best_model_checkpoint = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Optional[dict] = None, **kwargs: Any) -> None:
+        """Add sparsity and penalty to what the `Trainer` logs."""
+        if logs is not None and "loss" in logs:
+            logs.update(self.last)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Finalize the masks; the best model has been loaded by now."""
+        for layer in pruning_layers(model):
+            layer.schedule_is_managed = False
+        if self.finalize_at_end:
+            finalize(model)
+
+
+__all__ = ["PruningCallback", "sparsity"]

@@ -1,0 +1,70 @@
+"""Optimizer with a learning rate of its own for the scores."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+from ..functional import trained_adapters
+
+
+def pruning_parameter_groups(
+    model: nn.Module, lr: float, score_lr: Optional[float] = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters: scores (no weight decay), weights with decay, biases and norms without.
+
+    Args:
+        model (`nn.Module`): any model that contains pruning layers with trainable scores.
+        lr (`float`): learning rate of everything but the scores.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
+        weight_decay (`float`): for weights other than scores, biases and norms.
+
+    Raises:
+        ValueError: the model has no trainable scores.
+    """
+    adapters = trained_adapters(model)
+    scores = {id(layer.scores[name]): layer.scores[name] for name, layers in adapters.items() for layer in layers}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scores = {key: p for key, p in scores.items() if p.requires_grad}
+    if not scores:
+        raise ValueError(
+            "The model has no trainable scores: its masks are final, the adapter was loaded without is_trainable=True, "
+            "or there is no pruning adapter."
+        )
+    if score_lr is None:
+        name, layers = next(iter(adapters.items()))
+        score_lr = layers[0].pruning_config[name].score_lr
+    decayed = set(
+        get_parameter_names(model, [nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)"])
+    )
+    others = {name: p for name, p in trainable.items() if id(p) not in scores}
+    groups = [
+        {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
+        {"params": [p for n, p in others.items() if n in decayed], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for n, p in others.items() if n not in decayed], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def create_pruning_optimizer(
+    model: nn.Module,
+    lr: float,
+    score_lr: Optional[float] = None,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Create an optimizer for a plain training loop, as PEFT's `create_loraplus_optimizer`.
+
+    Args:
+        model (`nn.Module`): any model that contains pruning layers with trainable scores.
+        lr (`float`): learning rate of everything but the scores, for instance the classifier.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
+        optimizer_cls (`type`): class of the optimizer.
+        weight_decay (`float`): for weights other than scores, biases and norms.
+        kwargs: passed on to the optimizer.
+    """
+    return optimizer_cls(pruning_parameter_groups(model, lr, score_lr, weight_decay), lr=lr, **kwargs)  # type: ignore[call-arg]

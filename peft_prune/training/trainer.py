@@ -1,0 +1,81 @@
+"""A `Trainer` that prunes: the callback, a learning rate for the scores, distillation."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from .callback import PruningCallback
+from .distillation import distillation_loss
+from .optimizer import pruning_parameter_groups
+
+
+class PruningTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] for pruning adapters.
+
+    Args:
+        teacher (`nn.Module`, *optional*): a trained model to distil from; put in eval mode, never trained.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. That of the
+            `TrainingArguments` is for everything else, for instance the classifier.
+        distillation_alpha (`float`): weight of the distillation in `(1 − α) · task + α · distillation`.
+        distillation_temperature (`float`): τ.
+        kwargs: everything that [`~transformers.Trainer`] takes.
+
+    Raises:
+        ValueError: `distillation_alpha` is not in [0, 1], or `distillation_temperature` not positive.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Optional[nn.Module] = None,
+        score_lr: Optional[float] = None,
+        distillation_alpha: float = 0.5,
+        distillation_temperature: float = 2.0,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= distillation_alpha <= 1:
+            raise ValueError(f"distillation_alpha={distillation_alpha!r} must be in [0, 1]; the papers use 0.5.")
+        if distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature={distillation_temperature!r} must be positive; try 2.")
+        super().__init__(*args, **kwargs)
+        self.score_lr = score_lr
+        self.distillation_alpha = distillation_alpha
+        self.distillation_temperature = distillation_temperature
+        self.teacher = teacher
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        if not any(isinstance(callback, PruningCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(PruningCallback())
+
+    def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
+        """Create the optimizer that `args.optim` names, with a parameter group for the scores."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = pruning_parameter_groups(model, self.args.learning_rate, self.score_lr, self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Optional[torch.Tensor | int] = None,
+    ) -> Any:
+        """The task's loss; in training, mixed with the distillation from the teacher."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.teacher is not None and model.training:
+            with torch.no_grad():
+                answers = self.teacher(**inputs)
+            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+            distance = distillation_loss(
+                outputs, answers, self.distillation_temperature, inputs.get("labels"), num_items
+            )
+            loss = (1 - self.distillation_alpha) * loss + self.distillation_alpha * distance
+        return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,313 @@
+"""The layer that all pruning methods share: a linear layer seen through a mask."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import PruningConfig
+from ..masks.codec import check_mask, describe_mask, pack_mask, packed_size, unpack_mask
+from ..masks.granularity import parse_granularity
+from ..masks.importance import initial_scores
+from ..masks.penalty import sigmoid_penalty
+from .masked_weight import MaskedWeight
+
+
+_warned: set[str] = set()
+
+
+def warn_once(topic: str, message: str) -> None:
+    """Warn about a topic once a process, and not once for each of the model's layers."""
+    if topic not in _warned:
+        _warned.add(topic)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+class PruningLayer(nn.Module, BaseTunerLayer):
+    """Base of the layers that replace a target module.
+
+    Of each adapter a layer holds either `scores` (float, trained, shape (out, in)) with `progress` (int64: optimizer step,
+    total steps, number of weights kept), or, once final, `mask` (uint8, one bit a weight). All are named with the
+    method's prefix, `smp_scores` and so on, as PEFT and Transformers want it. Scores and masks are (out, in) whatever
+    the layout of the base weight.
+
+    Args:
+        base_layer (`nn.Module`): the module to prune.
+        prefix (`str`): the method's prefix, such as `"smp_"`.
+        module_name (`str`): name of the module in the base model.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.prefix = prefix
+        self.module_name = module_name
+        self.adapter_layer_names = (prefix + "scores",)
+        self.other_param_names = (prefix + "mask", prefix + "progress", "pruning_config", "penalty_grad", "_masks")
+        setattr(self, prefix + "scores", nn.ParameterDict())
+        setattr(self, prefix + "mask", BufferDict(persistent=True))
+        setattr(self, prefix + "progress", BufferDict(persistent=True))
+        # 0-dim factor of σ'(S); armed for one backward pass each optimizer step
+        self.penalty_grad = BufferDict(persistent=False)
+        self.penalty_armed: set[str] = set()
+        self.pruning_config: dict[str, PruningConfig] = {}
+        # per adapter: what the mask was computed from, the versions of that, the mask
+        self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
+        self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # True while a callback advances the schedule and finalizes at the end
+        self.schedule_is_managed = False
+
+    @property
+    def scores(self) -> nn.ParameterDict:
+        """Scores by adapter name: float, shape (out, in)."""
+        return getattr(self, self.prefix + "scores")
+
+    @property
+    def mask(self) -> BufferDict:
+        """Final masks by adapter name: uint8, shape (ceil(out · in / 8),)."""
+        return getattr(self, self.prefix + "mask")
+
+    @property
+    def progress(self) -> BufferDict:
+        """Optimizer step (-1 before the first update), total steps, weights kept, by adapter name: int64, shape (3,)."""
+        return getattr(self, self.prefix + "progress")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the pruned matrix."""
+        out_features, in_features = self._as_matrix(self.get_base_layer().weight).shape
+        return int(out_features), int(in_features)
+
+    def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View a tensor of the base weight's layout as (out, in), or back."""
+        return tensor
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.scores.keys()) | set(self.mask.keys())
+
+    # ------------------------------------------------------------------ set-up
+
+    def update_layer(self, adapter_name: str, config: PruningConfig, inference_mode: bool = False) -> None:
+        """Add an adapter: trainable scores, or room for the final mask when the config says that it is final."""
+        self.pruning_config[adapter_name] = config
+        weight = self.get_base_layer().weight
+        if config.finalized:
+            self.mask[adapter_name] = torch.zeros(packed_size(self.shape), dtype=torch.uint8, device=weight.device)
+        else:
+            kind = config.score_init if config.init_weights else "random"
+            self.scores[adapter_name] = nn.Parameter(initial_scores(self._as_matrix(weight), kind))
+            sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(adapter_name)
+            kept = parse_granularity(config.granularity).count(1.0 - sparsity, self.shape)
+            self.progress[adapter_name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=weight.device)
+            self.penalty_grad[adapter_name] = torch.zeros((), dtype=torch.float32, device=weight.device)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def own_sparsity(self, adapter_name: str) -> Optional[float]:
+        """What `sparsity_pattern` says of this module, `None` if nothing."""
+        pattern = self.pruning_config[adapter_name].sparsity_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), self.module_name))
+
+    def target_sparsity(self, adapter_name: str) -> float:
+        """Final sparsity of this module: its own if it has one, otherwise the config's."""
+        own = self.own_sparsity(adapter_name)
+        sparsity = own if own is not None else self.pruning_config[adapter_name].sparsity
+        assert sparsity is not None  # resolved by the config
+        return sparsity
+
+    # ------------------------------------------------------------------- masks
+
+    def kept(self, adapter_name: str) -> int:
+        """Number of weights that the adapter keeps at present."""
+        if adapter_name in self.mask:
+            return int(self.pruning_config[adapter_name].mask_info[self.module_name]["kept"])  # type: ignore[index]
+        return int(self.progress[adapter_name][2])
+
+    def set_kept(self, adapter_name: str, kept: int, step: int, total_steps: int) -> None:
+        """Set how many weights the adapter keeps from here on."""
+        self.progress[adapter_name].copy_(torch.tensor([step, total_steps, kept]))
+
+    def get_mask(self, adapter_name: str) -> torch.Tensor:
+        """Mask in force: bool, shape (out, in). Computed anew only when scores, progress or the stored mask changed."""
+        final = adapter_name in self.mask
+        sources = (self.mask[adapter_name],) if final else (self.scores[adapter_name], self.progress[adapter_name])
+        versions = [t._version for t in sources]
+        cached = self._masks.get(adapter_name)
+        if (
+            cached is not None
+            and cached[1] == versions
+            and all(a is b for a, b in zip(cached[0], sources, strict=True))
+        ):
+            return cached[2]
+        if final:
+            info = self.pruning_config[adapter_name].mask_info or {}
+            check_mask(self.module_name, self.mask[adapter_name], info[self.module_name])
+            mask = unpack_mask(self.mask[adapter_name], self.shape)
+        else:
+            granularity = parse_granularity(self.pruning_config[adapter_name].granularity)
+            mask = granularity.mask(self.scores[adapter_name], self.kept(adapter_name))
+        self._masks[adapter_name] = (sources, versions, mask)
+        return mask
+
+    def finalize(self, adapter_name: str) -> dict[str, Any]:
+        """Replace scores by their mask, one bit a weight, and return what the config records of it."""
+        packed = pack_mask(self.get_mask(adapter_name))
+        for name in (self.prefix + "scores", self.prefix + "progress", "penalty_grad", "_masks"):
+            del getattr(self, name)[adapter_name]
+        self.mask[adapter_name] = packed
+        return describe_mask(packed, self.shape)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.penalty_armed.discard(adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        # an unpacked mask is eight times its stored form: keep those in use only
+        self._masks = {name: mask for name, mask in self._masks.items() if name in self.active_adapters}
+
+    # ----------------------------------------------------------------- penalty
+
+    def arm_penalty(self, adapter_name: str, factor: float) -> None:
+        """Have the next backward pass add `factor · σ'(S)` to the gradient of the scores."""
+        self.penalty_grad[adapter_name].fill_(factor)
+        self.penalty_armed.add(adapter_name)
+
+    def _take_penalty(self, adapter_name: str, scores: torch.Tensor) -> Optional[torch.Tensor]:
+        """The penalty's factor, once an optimizer step: for the first forward pass that will be differentiated."""
+        wanted = self.training and torch.is_grad_enabled() and scores.requires_grad
+        if not (wanted and adapter_name in self.penalty_armed):
+            return None
+        self.penalty_armed.discard(adapter_name)
+        return self.penalty_grad[adapter_name].clone()
+
+    def penalty_value(self, adapter_name: str) -> torch.Tensor:
+        """`mean(sigmoid(S))`, 0-dim."""
+        return sigmoid_penalty(self.scores[adapter_name].detach())
+
+    # ----------------------------------------------------------------- forward
+
+    def _warn_if_nobody_advances(self, adapter_name: str) -> None:
+        if not self.training or torch.compiler.is_compiling() or not self.pruning_config[adapter_name].init_weights:
+            return
+        trained = self.scores[adapter_name]._version > 0 and bool(self.scores[adapter_name].requires_grad)
+        if trained and int(self.progress[adapter_name][0]) < 0:
+            warn_once(
+                "schedule",
+                "Scores are being trained but nobody advances the sparsity schedule, so the model stays at its initial "
+                "sparsity. Add PruningCallback() to the Trainer (PruningTrainer does), or call "
+                "peft_prune.update_schedule(model, step, total_steps) after each optimizer step.",
+            )
+
+    def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """`W ⊙ M` for all active adapters, in the base weight's layout; several masks keep what all of them keep."""
+        for name in self.active_adapters:
+            if name in self.scores:
+                self._warn_if_nobody_advances(name)
+                scores = self.scores[name]
+                mask, penalty = self.get_mask(name), self._take_penalty(name, scores)
+                weight = self._as_matrix(MaskedWeight.apply(scores, self._as_matrix(weight), mask, penalty))
+            elif name in self.mask:
+                weight = weight * self._as_matrix(self.get_mask(name))
+        return weight
+
+    def _warn_about_hooks(self) -> None:
+        base = self.get_base_layer()
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            warn_once(
+                "hooks",
+                "A pruned base layer has forward or backward hooks. They are ignored, because the masked weight is used "
+                "without calling the base layer. Register them on the pruned layer instead.",
+            )
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
+            return self.base_layer(x, *args, **kwargs)
+        self._warn_about_hooks()
+        return self._apply_weight(x, self.effective_weight(self.get_base_layer().weight))
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------- merge
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Set the pruned weights to zero in the base layer; what was there is kept for a bit-exact `unmerge`.
+
+        Args:
+            safe_merge (`bool`): check first that the weights that stay are finite.
+            adapter_names (`list[str]`, *optional*): adapters to merge, by default the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found values that are not finite; nothing was changed then.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self._get_available_adapters():
+                continue
+            weight = self.get_base_layer().weight.data
+            removed = ~self._as_matrix(self.get_mask(name))
+            if safe_merge and not bool(torch.isfinite(weight).all()):
+                raise ValueError(
+                    f"Weights that are not finite found in {self.module_name!r} while merging adapter {name!r}. The "
+                    "base model seems to be broken."
+                )
+            self._stash.append((name, removed, weight[removed]))
+            weight.masked_fill_(removed, 0)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the removed weights back, last in first out."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self._stash:
+            name, removed, values = self._stash.pop()
+            self.get_base_layer().weight.data[removed] = values
+            self.merged_adapters.remove(name)
+
+    def __repr__(self) -> str:
+        return self.prefix.removesuffix("_") + "." + super().__repr__()
+
+
+class PrunedLinear(PruningLayer):
+    """`nn.Linear` seen through a mask."""
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, self.get_base_layer().bias)
+
+
+class PrunedLinearConv1D(PruningLayer):
+    """Transformers' `Conv1D` (GPT-2), whose weight is (in, out), seen through a mask."""
+
+    def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.T
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.get_base_layer().bias, x.reshape(-1, x.shape[-1]), weight)
+        return flat.view(*x.shape[:-1], weight.shape[1])
+
+
+# Looked up by exact type: a subclass may compute something else from its weight.
+LAYER_CLASSES: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: PrunedLinear, Conv1D: PrunedLinearConv1D}
+
+
+def layer_class_for(module: nn.Module) -> Optional[type[PruningLayer]]:
+    """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
+    for base, layer_class in LAYER_CLASSES.items():
+        if isinstance(module, base) and type(module).forward is base.forward:
+            return layer_class if module.weight.is_floating_point() else None
+    return None

@@ -1,0 +1,231 @@
+"""The tuner that all pruning methods share: finds the targets, checks them, puts the layers in place."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import nn
+
+from ..config import PruningConfig
+from ..masks.codec import MaskFormatError, check_mask
+from ..masks.granularity import parse_granularity
+from .layer import PruningLayer, layer_class_for, warn_once
+from .verbalizer import install_verbalizer
+
+
+# "encoder.layer.3.attention.self.query" -> the part below the block's number
+_IN_BLOCK = re.compile(r"(?:^|.*?\.)[^.\d][^.]*\.\d+\.(?P<suffix>.+)")
+
+
+def default_target_modules(model: nn.Module) -> set[str]:
+    """Suffixes of the linear layers inside the numbered blocks of a model: no head, no pooler, no embeddings.
+
+    Suffixes and not full names, because `layers_to_transform` does not apply to names given in full.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    suffixes = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+        prunable = isinstance(module, PruningLayer) or layer_class_for(module) is not None
+        match = _IN_BLOCK.fullmatch(name)
+        if prunable and match:
+            suffixes.add(match["suffix"])
+    if not suffixes:
+        raise ValueError(
+            f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
+            "(names like 'encoder.layer.0.output.dense'). Name the modules to prune in `target_modules`."
+        )
+    return suffixes
+
+
+class PruningModel(BaseTuner):
+    """
+    Base of the tuners. A method's own model is this class with a `prefix`, and with what is its own if anything is.
+
+    Args:
+        model (`torch.nn.Module`): the model to prune.
+        config ([`PruningConfig`]): the configuration.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+    """
+
+    tuner_layer_cls = PruningLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # -------------------------------------------------------------- preparation
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_target_modules(self.model)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Check everything that can be known before the first module is replaced."""
+        config: PruningConfig = _maybe_include_all_linear_layers(peft_config, model)
+        targets = self._find_targets(config, model)
+        if not targets:
+            return  # PEFT raises with the details
+        granularity = parse_granularity(config.granularity)
+        for name, shape in targets.items():
+            granularity.check_shape(name, shape)
+        for key in config.sparsity_pattern or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+                raise ValueError(
+                    f"sparsity_pattern[{key!r}] matches none of the {len(targets)} pruned modules, for instance "
+                    f"{next(iter(targets))!r}. Correct the name, or remove the entry."
+                )
+        if config.finalized:
+            self._check_mask_info(config, targets)
+        if config.verbalizer:
+            install_verbalizer(model)
+
+    def _find_targets(self, config: PruningConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Name and (out, in) of every module that will be pruned."""
+        targets: dict[str, tuple[int, int]] = {}
+        inside: tuple[str, ...] = ()
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            if not self._check_target_module_exists(config, name):
+                continue
+            if isinstance(module, PruningLayer):
+                targets[name] = module.shape
+            else:
+                targets[name] = self._layer_for(module, name).shape
+        return targets
+
+    @staticmethod
+    def _check_mask_info(config: PruningConfig, targets: dict[str, tuple[int, int]]) -> None:
+        info = config.mask_info or {}
+        missing = sorted(set(targets) - set(info)) or sorted(set(info) - set(targets))
+        if missing:
+            where = "has no mask for" if missing[0] in targets else "has a mask for the absent module"
+            raise MaskFormatError(
+                f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model."
+            )
+        for name, shape in targets.items():
+            if list(shape) != list(info[name]["shape"]):
+                raise MaskFormatError(
+                    f"{name!r} is {tuple(shape)} in this model, but the adapter's mask is for "
+                    f"{tuple(info[name]['shape'])}: it was made for another base model."
+                )
+
+    # ---------------------------------------------------------------- injection
+
+    def _layer_for(self, module: nn.Module, name: str) -> PruningLayer:
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer_class = layer_class_for(base)
+        if layer_class is None:
+            raise TypeError(
+                f"Module {name!r} of type {type(base).__name__} cannot be pruned. Supported are torch.nn.Linear and "
+                "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
+                "`exclude_modules`."
+            )
+        return layer_class(module, self.prefix, name)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, PruningLayer):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        layer = self._layer_for(target, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    # ---------------------------------------------------------------- save, load
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        if not config.finalized and not any(
+            m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
+        ):
+            warn_once(
+                "not final",
+                f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. Call "
+                "peft_prune.finalize(model) first to save masks of 1 bit a weight.",
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Check what was read before any of it is copied into the model."""
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
+        stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in layers.items():
+            if adapter_name not in layer._get_available_adapters():
+                continue
+            final = adapter_name in layer.mask
+            kind = "mask" if final else "scores"
+            key = f"{name}.{cls.prefix}{kind}.{adapter_name}"
+            if key not in stored:
+                raise MaskFormatError(
+                    f"The adapter file holds no {kind} for {layer.module_name!r}. "
+                    + ("Masks are final in" if final else "Scores are still trained according to")
+                    + " adapter_config.json: the file is damaged, or is not the one that belongs to it."
+                )
+            if final:
+                check_mask(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
+            elif tuple(stored[key].shape) != tuple(layer.scores[adapter_name].shape):
+                raise MaskFormatError(
+                    f"The scores of {layer.module_name!r} are {tuple(stored[key].shape)} in the file but "
+                    f"{tuple(layer.scores[adapter_name].shape)} in this model: the adapter was made for another one."
+                )
+        return stored
+
+    # ------------------------------------------------------------- refusals
+
+    def _check_merge_allowed(self) -> None:
+        tied = self._get_tied_target_modules(self.model)
+        if tied:
+            raise ValueError(
+                f"{tied} share their weight with the embedding, so merging the mask would prune the embedding too. "
+                "Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
+            )
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is not supported by pruning adapters: a mask changes the weight, which all samples of a "
+                "batch share. Call model.set_adapter(name) and run one batch for each adapter."
+            )
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def pruning_layers(model: nn.Module, adapter_name: Optional[str] = None) -> list[PruningLayer]:
+    """All pruning layers of a model, wrapped in whatever it is; only those with the given adapter if one is named."""
+    layers = [m for m in model.modules() if isinstance(m, PruningLayer)]
+    if adapter_name is not None:
+        layers = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
+    return layers

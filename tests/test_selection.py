@@ -1,0 +1,88 @@
+"""Top-k against brute force: exactly k, the largest, the same ones every time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_prune.masks.granularity import NMGranularity, parse_granularity
+from peft_prune.masks.selection import n_m_mask, topk_mask
+
+
+def brute_force(scores, k):
+    """Sort all (score, scrambled position) pairs in plain Python."""
+    flat = scores.reshape(-1).tolist()
+    ranked = sorted(range(len(flat)), key=lambda i: (-flat[i], (i * 2654435761) % 2**32))
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[ranked[:k]] = True
+    return mask.view(scores.shape)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.integers(-3, 3), min_size=1, max_size=60),
+    share=st.floats(0, 1),
+    scale=st.sampled_from([1.0, 1e-30, 1e30]),
+)
+def test_topk_equals_a_sort_also_with_ties(values, share, scale):
+    scores = torch.tensor(values, dtype=torch.float32) * scale
+    k = round(share * len(values))
+    assert torch.equal(topk_mask(scores, k), brute_force(scores, k))
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (384, 1536), (7, 13)])
+@pytest.mark.parametrize("density", [0.5, 0.1, 0.03, 1.0])
+def test_exact_count_on_real_shapes(shape, density):
+    torch.manual_seed(0)
+    n = shape[0] * shape[1]
+    for scores in (torch.randn(shape), torch.zeros(shape), torch.randn(shape).bfloat16()):
+        mask = topk_mask(scores, round(density * n))
+        assert mask.sum() == round(density * n)
+        if density < 1:
+            assert scores[mask].min() >= scores[~mask].max()
+        assert torch.equal(mask, topk_mask(scores.clone(), round(density * n)))
+
+
+def test_ties_do_not_take_whole_rows_or_columns():
+    mask = topk_mask(torch.zeros(384, 384), 384 * 384 // 2)
+    for dim in (0, 1):
+        share = mask.float().mean(dim)
+        assert 0.4 < share.min() and share.max() < 0.6
+
+
+def test_nan_and_impossible_k_are_told():
+    with pytest.raises(ValueError, match="NaN"):
+        topk_mask(torch.full((4, 4), float("nan")), 3)
+    scores = torch.randn(8, 8)
+    scores[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        topk_mask(scores, 10)
+    with pytest.raises(ValueError, match="NaN"):
+        n_m_mask(scores, 2, 4)
+    with pytest.raises(ValueError, match="k=65"):
+        topk_mask(torch.randn(8, 8), 65)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 5)])
+def test_n_m_keeps_the_largest_of_each_group(n, m):
+    torch.manual_seed(0)
+    scores = torch.randint(-2, 3, (6, m * 7)).float()
+    mask = n_m_mask(scores, n, m)
+    for row, kept in zip(scores.tolist(), mask.tolist(), strict=True):
+        for start in range(0, len(row), m):
+            group = row[start : start + m]
+            best = sorted(range(m), key=lambda i: (-group[i], i))[:n]
+            assert [i for i in range(m) if kept[start + i]] == sorted(best)
+
+
+def test_n_m_density_falls_in_whole_weights_and_ends_exactly():
+    pattern = parse_granularity("2:4")
+    assert isinstance(pattern, NMGranularity)
+    counts = [pattern.count(density, (4, 8)) for density in (1.0, 0.9, 0.75, 0.6, 0.5, 0.4)]
+    assert counts == [32, 32, 24, 24, 16, 16]
+
+
+@pytest.mark.parametrize("text", ["4:2", "0:4", "2:2", "rows", "2-4", "", None])
+def test_unknown_granularity_is_told(text):
+    with pytest.raises(ValueError, match="granularity="):
+        parse_granularity(text)
