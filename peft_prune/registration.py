@@ -17,7 +17,7 @@ def _extend_peft_type(name: str) -> None:
     PeftType._member_names_.append(name)
     PeftType._value2member_map_[name] = member
     if hasattr(PeftType, "_hashable_values_"):  # Python 3.13+
-        PeftType._hashable_values_.append(name)
+        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
     # PeftType.SMP is found by the metaclass's __getattr__ up to 3.11 and has to be an attribute from 3.12 on
     type.__setattr__(PeftType, name, member)
 

@@ -19,7 +19,7 @@ def packed_size(shape: tuple[int, int]) -> int:
 
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Pack a mask to bits: row-major, the first weight in the lowest bit of the first byte, the rest of the last byte 0.
+    """Pack a mask to bits, row-major, the first weight in the lowest bit of the first byte; bits left over are 0.
 
     Args:
         mask (`torch.Tensor`): bool, shape (out, in).
@@ -39,8 +39,8 @@ def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(shape):
         raise MaskFormatError(
-            f"a mask of shape {tuple(shape)} takes {packed_size(shape)} bytes (uint8), but {packed.numel()} elements of "
-            f"{packed.dtype} are stored"
+            f"a mask of shape {tuple(shape)} takes {packed_size(shape)} bytes (uint8), but {packed.numel()} elements "
+            f"of {packed.dtype} are stored"
         )
     bits = torch.arange(8, device=packed.device, dtype=torch.uint8)
     flat = (packed.reshape(-1, 1) >> bits) & 1

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
-from ..functional import finalize, sparsity, trained_adapters, update_schedule
+from ..functional import finalize, trained_adapters, update_schedule
 from ..tuners.model import pruning_layers
 
 
@@ -50,11 +50,8 @@ class PruningCallback(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Advance the schedule; forget a best model that was chosen before the final sparsity was reached."""
+        """Advance the schedule."""
         self._advance(state, model, kwargs.get("optimizer"))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """See `on_step_begin`."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Forget a best model that was chosen while sparsity was still growing."""
@@ -76,6 +73,3 @@ class PruningCallback(TrainerCallback):
             layer.schedule_is_managed = False
         if self.finalize_at_end:
             finalize(model)
-
-
-__all__ = ["PruningCallback", "sparsity"]

@@ -37,9 +37,9 @@ def pruning_parameter_groups(
     if score_lr is None:
         name, layers = next(iter(adapters.items()))
         score_lr = layers[0].pruning_config[name].score_lr
-    decayed = set(
-        get_parameter_names(model, [nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)"])
-    )
+    # the names that Trainer exempts from weight decay
+    exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], exempt))
     others = {name: p for name, p in trainable.items() if id(p) not in scores}
     groups = [
         {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},

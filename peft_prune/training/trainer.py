@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .callback import PruningCallback
 from .distillation import distillation_loss
@@ -55,9 +55,9 @@ class PruningTrainer(Trainer):
     def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
         """Create the optimizer that `args.optim` names, with a parameter group for the scores."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            groups = pruning_parameter_groups(model, self.args.learning_rate, self.score_lr, self.args.weight_decay)
+            target = cast(PreTrainedModel, self.model if model is None else model)
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+            groups = pruning_parameter_groups(target, self.args.learning_rate, self.score_lr, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 

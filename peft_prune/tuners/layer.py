@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,10 @@ def warn_once(topic: str, message: str) -> None:
 class PruningLayer(nn.Module, BaseTunerLayer):
     """Base of the layers that replace a target module.
 
-    Of each adapter a layer holds either `scores` (float, trained, shape (out, in)) with `progress` (int64: optimizer step,
-    total steps, number of weights kept), or, once final, `mask` (uint8, one bit a weight). All are named with the
-    method's prefix, `smp_scores` and so on, as PEFT and Transformers want it. Scores and masks are (out, in) whatever
-    the layout of the base weight.
+    Of each adapter a layer holds either `scores` (float, trained, shape (out, in)) with `progress` (int64: optimizer
+    step, total steps, number of weights kept), or, once final, `mask` (uint8, one bit a weight). All are named with
+    the method's prefix, `smp_scores` and so on, as PEFT and Transformers want it. Scores and masks are (out, in)
+    whatever the layout of the base weight.
 
     Args:
         base_layer (`nn.Module`): the module to prune.
@@ -79,13 +79,13 @@ class PruningLayer(nn.Module, BaseTunerLayer):
 
     @property
     def progress(self) -> BufferDict:
-        """Optimizer step (-1 before the first update), total steps, weights kept, by adapter name: int64, shape (3,)."""
+        """Step (-1 before the first update), total steps, weights kept, by adapter name: int64, shape (3,)."""
         return getattr(self, self.prefix + "progress")
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the pruned matrix."""
-        out_features, in_features = self._as_matrix(self.get_base_layer().weight).shape
+        out_features, in_features = self._as_matrix(self.weight).shape
         return int(out_features), int(in_features)
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PruningConfig, inference_mode: bool = False) -> None:
         """Add an adapter: trainable scores, or room for the final mask when the config says that it is final."""
         self.pruning_config[adapter_name] = config
-        weight = self.get_base_layer().weight
+        weight = self.weight
         if config.finalized:
             self.mask[adapter_name] = torch.zeros(packed_size(self.shape), dtype=torch.uint8, device=weight.device)
         else:
@@ -143,12 +143,10 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         sources = (self.mask[adapter_name],) if final else (self.scores[adapter_name], self.progress[adapter_name])
         versions = [t._version for t in sources]
         cached = self._masks.get(adapter_name)
-        if (
-            cached is not None
-            and cached[1] == versions
-            and all(a is b for a, b in zip(cached[0], sources, strict=True))
-        ):
-            return cached[2]
+        if cached is not None and cached[1] == versions:
+            # held by the cache, so an identity cannot be somebody else's
+            if all(old is new for old, new in zip(cached[0], sources, strict=True)):
+                return cached[2]
         if final:
             info = self.pruning_config[adapter_name].mask_info or {}
             check_mask(self.module_name, self.mask[adapter_name], info[self.module_name])
@@ -226,8 +224,8 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             warn_once(
                 "hooks",
-                "A pruned base layer has forward or backward hooks. They are ignored, because the masked weight is used "
-                "without calling the base layer. Register them on the pruned layer instead.",
+                "A pruned base layer has forward or backward hooks. They are ignored, because the masked weight is "
+                "used without calling the base layer. Register them on the pruned layer instead.",
             )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -238,7 +236,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
         self._warn_about_hooks()
-        return self._apply_weight(x, self.effective_weight(self.get_base_layer().weight))
+        return self._apply_weight(x, self.effective_weight(self.weight))
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -258,7 +256,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self._get_available_adapters():
                 continue
-            weight = self.get_base_layer().weight.data
+            weight = self.weight.data
             removed = ~self._as_matrix(self.get_mask(name))
             if safe_merge and not bool(torch.isfinite(weight).all()):
                 raise ValueError(
@@ -272,11 +270,11 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the removed weights back, last in first out."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self._stash:
             name, removed, values = self._stash.pop()
-            self.get_base_layer().weight.data[removed] = values
+            self.weight.data[removed] = values
             self.merged_adapters.remove(name)
 
     def __repr__(self) -> str:
@@ -287,7 +285,7 @@ class PrunedLinear(PruningLayer):
     """`nn.Linear` seen through a mask."""
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight, self.get_base_layer().bias)
+        return F.linear(x, weight, self.bias)
 
 
 class PrunedLinearConv1D(PruningLayer):
@@ -297,7 +295,7 @@ class PrunedLinearConv1D(PruningLayer):
         return tensor.T
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = torch.addmm(self.get_base_layer().bias, x.reshape(-1, x.shape[-1]), weight)
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
         return flat.view(*x.shape[:-1], weight.shape[1])
 
 
@@ -309,5 +307,5 @@ def layer_class_for(module: nn.Module) -> Optional[type[PruningLayer]]:
     """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
     for base, layer_class in LAYER_CLASSES.items():
         if isinstance(module, base) and type(module).forward is base.forward:
-            return layer_class if module.weight.is_floating_point() else None
+            return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
     return None

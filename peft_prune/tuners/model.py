@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Optional
+from contextlib import nullcontext
+from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -69,7 +70,7 @@ class PruningModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check everything that can be known before the first module is replaced."""
-        config: PruningConfig = _maybe_include_all_linear_layers(peft_config, model)
+        config = cast(PruningConfig, _maybe_include_all_linear_layers(peft_config, model))
         targets = self._find_targets(config, model)
         if not targets:
             return  # PEFT raises with the details
@@ -133,7 +134,7 @@ class PruningModel(BaseTuner):
             )
         return layer_class(module, self.prefix, name)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: Any,
         adapter_name: str,
@@ -169,8 +170,8 @@ class PruningModel(BaseTuner):
         ):
             warn_once(
                 "not final",
-                f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. Call "
-                "peft_prune.finalize(model) first to save masks of 1 bit a weight.",
+                f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. "
+                "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -218,8 +219,6 @@ class PruningModel(BaseTuner):
                 "adapter_names is not supported by pruning adapters: a mask changes the weight, which all samples of a "
                 "batch share. Call model.set_adapter(name) and run one batch for each adapter."
             )
-        from contextlib import nullcontext
-
         return nullcontext()
 
 

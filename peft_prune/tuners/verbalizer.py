@@ -8,7 +8,7 @@ answering two label words give start and end logits at every position.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,7 @@ def make_verbalizer(tokenizer: Any, label_words: Mapping[int, str], task: str = 
     if task not in _TASKS:
         raise ValueError(f"task={task!r} is unknown. Use one of {', '.join(map(repr, _TASKS))}.")
     if sorted(label_words) != list(range(len(label_words))) or len(label_words) < 2:
-        raise ValueError(
-            f"label_words={dict(label_words)!r} must have the class ids 0, 1, 2, … as keys, two at least."
-        )
+        raise ValueError(f"label_words={dict(label_words)!r} must have the class ids 0, 1, 2, … as keys, two at least.")
     words = [label_words[i] for i in range(len(label_words))]
     token_ids = []
     for word in words:
@@ -68,7 +66,7 @@ def install_verbalizer(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no masked-LM head.
     """
-    decoder = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    decoder = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(decoder, nn.Linear) or not type(model).__name__.endswith("ForMaskedLM"):
         raise ValueError(
             f"verbalizer: {type(model).__name__} has no masked-LM head to read label words from. Load the base model "
@@ -87,7 +85,7 @@ class _Head:
         self.labels: tuple[Optional[torch.Tensor], ...] = ()
         self.layer = lambda: next((m for m in model.modules() if isinstance(m, PruningLayer)), None)
         decoder_forward = decoder.forward
-        decoder.forward = lambda hidden: (  # type: ignore[method-assign]
+        decoder.forward = lambda hidden: (  # type: ignore
             decoder_forward(hidden) if self.spec is None else self.decode(decoder, hidden)
         )
         model.register_forward_pre_hook(self.before, with_kwargs=True)
