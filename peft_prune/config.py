@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
@@ -12,6 +13,7 @@ from .masks.allocation import ALLOCATIONS
 from .masks.granularity import NMGranularity, parse_granularity
 from .masks.importance import SCORE_INITS
 from .masks.schedule import CURVES, Schedule
+from .model_card import add_loading_instructions
 
 
 DEFAULT_SPARSITY = 0.5
@@ -245,6 +247,14 @@ class PruningConfig(PeftConfig):
                     f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as "
                     "many weights) and crc32 (text): the adapter's config is damaged. Download or save it again."
                 )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and let the README.md that PEFT put there say how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        # an adapter that is not called "default" is saved below the folder that holds the README.md
+        has_own = (folder / "README.md").exists()
+        add_loading_instructions(folder if has_own else folder.parent, self)
 
     def sparsity_schedule_for(self, target: float) -> Schedule:
         """Schedule of the sparsity of a module whose final sparsity is `target`."""
