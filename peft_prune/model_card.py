@@ -36,13 +36,16 @@ def add_loading_instructions(folder: str | os.PathLike, config: Any) -> None:
     """Put the instructions into the README.md of a folder, unless it says already to import the package.
 
     Args:
-        folder (`str` or `os.PathLike`): where the adapter was saved; nothing happens if it has no README.md.
+        folder (`str` or `os.PathLike`): where the adapter was saved; nothing happens if it has no README.md
+            of PEFT's.
         config ([`PruningConfig`]): the adapter's configuration.
     """
     path = os.path.join(folder, "README.md")
     if not os.path.isfile(path):
         return
     card = ModelCard.load(path)
+    if card.data.library_name != "peft":  # somebody's README.md, not an adapter's
+        return
     if "import peft_prune" not in card.text:
         text = loading_instructions(config)
         before, heading, after = card.text.partition(_HEADING)

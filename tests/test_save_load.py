@@ -238,7 +238,13 @@ def test_adapter_readme_says_to_import(tmp_path):
     (tmp_path / "README.md").write_text("# My own words\n")
     model.save_pretrained(tmp_path)
     assert "import peft_prune" in (tmp_path / "README.md").read_text().split("# My own words")[1]
-    SMPConfig().save_pretrained(tmp_path / "no_card")
+
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("# Not an adapter\n")
+    SMPConfig().save_pretrained(project / "adapter")
+    SMPConfig().save_pretrained(project)
+    assert (project / "README.md").read_text() == "# Not an adapter\n"
 
 
 def test_masked_lm_adapter(tmp_path, batch):

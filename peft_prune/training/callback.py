@@ -63,9 +63,11 @@ class PruningCallback(TrainerCallback):
                 state.best_metric = state.best_model_checkpoint = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Optional[dict] = None, **kwargs: Any) -> None:
-        """Add sparsity and penalty to what the `Trainer` logs."""
+        """Add sparsity and penalty to what the `Trainer` logs; `PruningTrainer` has done so for all callbacks."""
         if logs is not None and "loss" in logs:
             logs.update(self.last)
+            if state.log_history and "loss" in state.log_history[-1]:
+                state.log_history[-1].update(self.last)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Finalize the masks; the best model has been loaded by now."""

@@ -49,8 +49,16 @@ class PruningTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        if not any(isinstance(callback, PruningCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(PruningCallback())
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, PruningCallback)]
+        self.pruning_callback = callbacks[0] if callbacks else PruningCallback()
+        if not callbacks:
+            self.add_callback(self.pruning_callback)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with sparsity and penalty beside the training loss, so that every reporter shows them."""
+        if "loss" in logs:
+            logs = logs | self.pruning_callback.last
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
         """Create the optimizer that `args.optim` names, with a parameter group for the scores."""

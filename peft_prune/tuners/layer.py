@@ -51,7 +51,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self.prefix = prefix
         self.module_name = module_name
         self.adapter_layer_names = (prefix + "scores",)
-        self.other_param_names = (prefix + "mask", prefix + "progress", "pruning_config", "penalty_grad", "_masks")
+        self.other_param_names = (prefix + "mask", prefix + "progress", "pruning_config", "penalty_grad", "_masks", "_first_seen")
         setattr(self, prefix + "scores", nn.ParameterDict())
         setattr(self, prefix + "mask", BufferDict(persistent=True))
         setattr(self, prefix + "progress", BufferDict(persistent=True))
@@ -64,6 +64,9 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # to notice that scores are trained while nobody advances the schedule
+        self._advanced: set[str] = set()
+        self._first_seen: dict[str, torch.Tensor] = {}
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
 
@@ -168,6 +171,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.penalty_armed.discard(adapter_name)
+        self._advanced.discard(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -198,8 +202,16 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     def _warn_if_nobody_advances(self, adapter_name: str) -> None:
         if not self.training or torch.compiler.is_compiling() or not self.pruning_config[adapter_name].init_weights:
             return
-        trained = self.scores[adapter_name]._version > 0 and bool(self.scores[adapter_name].requires_grad)
-        if trained and int(self.progress[adapter_name][0]) < 0:
+        if adapter_name in self._advanced or "schedule" in _warned:
+            return
+        if int(self.progress[adapter_name][0]) >= 0:
+            self._advanced.add(adapter_name)
+            return
+        # a few scores tell whether an optimizer has been at work; fused ones do not count up tensor versions
+        flat = self.scores[adapter_name].detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].clone()
+        first_seen = self._first_seen.setdefault(adapter_name, sample)
+        if not torch.equal(sample, first_seen.to(sample.device)):
             warn_once(
                 "schedule",
                 "Scores are being trained but nobody advances the sparsity schedule, so the model stays at its initial "

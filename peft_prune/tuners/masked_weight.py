@@ -37,21 +37,22 @@ class MaskedWeight(torch.autograd.Function):
         Returns:
             `torch.Tensor`: the dtype of `weight`, shape (out, in).
         """
-        ctx.has_penalty = penalty is not None
-        keep_mask = mask if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(weight, keep_mask, *((scores, penalty) if ctx.has_penalty else ()))
+        ctx.save_for_backward(weight, mask if ctx.needs_input_grad[1] else None)
+        # Not among the saved tensors: activation checkpointing replaces those by recomputed ones, and the second
+        # forward pass of a step has no penalty. Both are leaves, so nothing leaks.
+        ctx.penalty = penalty if penalty is None else (scores, penalty)
         ctx.scores_dtype = scores.dtype
         return weight * mask
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
         """Gradients of scores and weight; none of mask and penalty."""
-        weight, mask, *rest = ctx.saved_tensors
+        weight, mask = ctx.saved_tensors
         grad_scores = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_scores = (grad * weight).to(ctx.scores_dtype)
-            if ctx.has_penalty:
-                grad_scores += sigmoid_penalty_grad(*rest)
+            if ctx.penalty is not None:
+                grad_scores += sigmoid_penalty_grad(*ctx.penalty)
         if ctx.needs_input_grad[1]:
             grad_weight = grad * mask
         return grad_scores, grad_weight, None, None
