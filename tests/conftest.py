@@ -49,7 +49,8 @@ def make_bert(num_labels=2, seed=0, **changes):
 
 def make_masked_lm(seed=0):
     torch.manual_seed(seed)
-    return BertForMaskedLM(BertConfig(**BERT)).eval()
+    # wide enough for a mask alone to change what the model says
+    return BertForMaskedLM(BertConfig(**BERT, initializer_range=0.3)).eval()
 
 
 def make_gpt2(seed=0):

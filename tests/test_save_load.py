@@ -72,7 +72,6 @@ def test_auto_model_and_second_adapter(tmp_path, batch):
 
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     model = prune(base, 0.6, task_type="SEQ_CLS")
-    model.modules_to_save
     model.base_model.model.classifier.modules_to_save["default"].weight.data.add_(1.0)
     finalize(model)
     expected = logits(model, batch)

@@ -51,7 +51,14 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self.prefix = prefix
         self.module_name = module_name
         self.adapter_layer_names = (prefix + "scores",)
-        self.other_param_names = (prefix + "mask", prefix + "progress", "pruning_config", "penalty_grad", "_masks", "_first_seen")
+        self.other_param_names = (
+            prefix + "mask",
+            prefix + "progress",
+            "pruning_config",
+            "penalty_grad",
+            "_masks",
+            "_first_seen",
+        )
         setattr(self, prefix + "scores", nn.ParameterDict())
         setattr(self, prefix + "mask", BufferDict(persistent=True))
         setattr(self, prefix + "progress", BufferDict(persistent=True))

@@ -1,0 +1,1 @@
+"""Tables and pictures of what a mask keeps. They look at the layers from outside."""
