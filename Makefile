@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each sets itself up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/dev.stamp  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/demo.stamp  ## the accuracy table of docs/smp.md; hours on two cores
+	bash benchmarks/smp_accuracy.sh
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: $(VENV)/bin/python $(SETUP)
+	$(PIP) install -q -c constraints.txt -e '.[examples]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/bin/python $(SETUP)
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
