@@ -3,7 +3,7 @@
 One process runs one configuration and appends a JSON line with its learning curve; `--table` turns the lines into a
 table. Everything that the README says of accuracy comes from here:
 
-    python benchmarks/smp_accuracy.py --run dense --seed 0 --steps 339
+    python benchmarks/smp_accuracy.py --run dense --seed 0
     python benchmarks/smp_accuracy.py --run smp-s --sparsity 0.9 --seed 0 --steps 1130 --teacher
     python benchmarks/smp_accuracy.py --table
 """
@@ -39,13 +39,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", choices=["dense", "frozen", "smp-l", "smp-s", "smp-g"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=339)
+    parser.add_argument("--steps", type=int, default=565)
     parser.add_argument("--lr", type=float, help="of all but the scores; 1e-4 dense, 1e-3 otherwise")
     parser.add_argument("--score-lr", type=float, default=2e-2)
     parser.add_argument("--penalty", type=float, default=400.0)
-    parser.add_argument("--score-init", default="zeros")
+    parser.add_argument("--score-init", default="magnitude")
     parser.add_argument("--schedule-end", type=float, default=0.6)
     parser.add_argument("--teacher", action="store_true", help="distil from a dense model of the same seed")
+    parser.add_argument("--teacher-steps", type=int, default=565)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--eval-every", type=int, default=113)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_prune_teachers")
@@ -54,7 +55,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fine_tuned(args: argparse.Namespace, tokenizer, train_set, eval_set, steps: int = 339):
+def fine_tuned(args: argparse.Namespace, tokenizer, train_set, eval_set, steps: int):
     """A dense fine-tuned model, kept on disk so that runs share their teacher, and its curve."""
     folder = args.cache / f"dense-{args.seed}-{steps}"
     if (folder / "curve.json").exists():
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.run == "dense":
         _, curve = fine_tuned(args, tokenizer, train_set, eval_set, args.steps)
     else:
-        teacher = fine_tuned(args, tokenizer, train_set, eval_set)[0] if args.teacher else None
+        teacher = fine_tuned(args, tokenizer, train_set, eval_set, args.teacher_steps)[0] if args.teacher else None
         set_seed(args.seed)
         start = time.process_time()
         model = load_classifier(minilm_path())

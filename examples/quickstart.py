@@ -16,6 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+
+if not {"--model", "--dataset"} & set(sys.argv):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the Hub; has to be set before the imports below
+
 import torch
 from offline_data import minilm_path, movie_sentences
 from peft import PeftModel, get_peft_model
@@ -44,7 +48,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=sorted(METHODS), default="smp")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--allocation", choices=["local", "score", "global"], default="local")
-    parser.add_argument("--score-init", choices=["zeros", "magnitude"], default="magnitude")
     parser.add_argument("--steps", type=int, default=280, help="optimizer steps of the masks")
     parser.add_argument("--dense-steps", type=int, default=170, help="optimizer steps of dense fine-tuning")
     parser.add_argument("--max-train", type=int, help="use only so many training examples")
@@ -117,7 +120,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         task_type="SEQ_CLS",
         sparsity=args.sparsity,
         allocation=args.allocation,
-        score_init=args.score_init,
         modules_to_save=["pooler"],
     )
     model = get_peft_model(load_classifier(base, num_labels), config)

@@ -132,6 +132,16 @@ def test_merge_and_unload_gives_a_plain_model(bert, batch):
     assert (weight == 0).sum() == weight.numel() - round(0.3 * weight.numel())
 
 
+def test_unloading_with_a_composite_module_to_save(batch):
+    model = prune(make_bert(), task_type="SEQ_CLS", modules_to_save=["pooler"])
+    with torch.no_grad():
+        for wrapper in (model.base_model.model.bert.pooler, model.base_model.model.classifier):
+            for parameter in wrapper.modules_to_save["default"].parameters():
+                parameter.mul_(2)
+    pruned = logits(model, batch)
+    assert torch.equal(logits(model.merge_and_unload(), batch), pruned)
+
+
 def test_safe_merge_tells_of_a_broken_base(bert):
     bert.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
     model = prune(bert)

@@ -8,6 +8,7 @@ from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import PruningConfig
@@ -153,6 +154,14 @@ class PruningModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper) and not hasattr(new_module, "weight"):
+            # `modules_to_save` may name a module without a weight of its own, such as BERT's pooler; PEFT would look
+            # for one when it unloads
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # ---------------------------------------------------------------- save, load
 

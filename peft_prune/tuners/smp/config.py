@@ -16,7 +16,8 @@ class SMPConfig(PruningConfig):
 
     The fields are those of [`PruningConfig`]. `allocation="score"` is the paper's SMP-S, `"local"` its SMP-L. The
     defaults are the paper's: sparsity grows on a cubic over the first 60 % of training, the penalty on a cubic over all
-    of it to 400, scores start at 0 and learn at 2e-2.
+    of it to 400, scores learn at 2e-2. One is not: scores start at `|W| / std(W)`, since from 0 (`score_init="zeros"`,
+    the paper's) a short training does not get away from the noise of its first steps.
 
     Example:
 
@@ -28,6 +29,7 @@ class SMPConfig(PruningConfig):
     """
 
     penalty: float = field(default=400.0, metadata={"help": "Final weight of the penalty on the scores."})
+    score_init: str = field(default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's) or 'random'."})
 
     def __post_init__(self, density=None):
         super().__post_init__(density)

@@ -1,0 +1,37 @@
+"""The reader that docs/adapter_format.md prints, against what we store."""
+
+import re
+from pathlib import Path
+
+import torch
+from conftest import make_gpt2
+from test_save_load import final_adapter
+
+from peft_prune.tuners.model import pruning_layers
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "adapter_format.md"
+
+
+def test_documented_reader_reads_our_files(tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    for folder, model in (
+        (tmp_path / "bert", final_adapter(tmp_path / "bert", at=0.7)),
+        (tmp_path / "gpt2", final_adapter(tmp_path / "gpt2", at=0.7, make=make_gpt2)),
+    ):
+        masks = dict(names["read_masks"](folder))
+        layers = pruning_layers(model)
+        assert set(masks) == {layer.module_name for layer in layers}
+        for layer in layers:
+            mask = torch.from_numpy(masks[layer.module_name])
+            assert torch.equal(mask, layer.get_mask("default"))
+
+
+def test_documented_tie_break(tmp_path):
+    from peft_prune.masks.selection import topk_mask
+
+    scores, kept = torch.zeros(6, 7), 17
+    order = sorted(range(42), key=lambda p: p * 2654435761 % 2**32)
+    assert topk_mask(scores, kept).reshape(-1).nonzero().squeeze(1).tolist() == sorted(order[:kept])

@@ -1,0 +1,51 @@
+"""Every Python block of README and docs runs, top to bottom, in an empty folder.
+
+What the text loads from the Hub lies in that folder under the same name: a tiny random BERT, and a few sentences.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import make_bert, make_masked_lm
+from test_verbalizer import tokenizer
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def hub(folder: Path) -> None:
+    """What `from_pretrained` and `load_dataset` find instead of the Hub."""
+    model = folder / "google-bert" / "bert-base-uncased"
+    make_masked_lm().save_pretrained(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    tokenizer().save_pretrained(model)
+    teacher = folder / "textattack" / "bert-base-uncased-SST-2"
+    make_bert().save_pretrained(teacher)
+    data = folder / "stanfordnlp" / "sst2"
+    data.mkdir(parents=True)
+    rows = [{"sentence": "it was good", "label": 1}, {"sentence": "it was bad", "label": 0}] * 16
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_blocks_run_as_pasted(page, tmp_path, monkeypatch):
+    blocks = BLOCK.findall(page.read_text())
+    hub(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)  # blocks of a page build on each other
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

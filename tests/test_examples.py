@@ -1,0 +1,38 @@
+"""The quick start in a short form, with its real model and data."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output", str(tmp_path), "--sparsity", "0.7"]
+    short = ["--steps", "6", "--dense-steps", "2", "--max-train", "96", "--max-eval", "40"]
+    run = subprocess.run(command + short, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    accuracies = [float(a) for a in re.findall(r"accuracy, pruned.*?([\d.]+) %", run.stdout)]
+    assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
+    assert re.search(r"sparsity of the encoder's matrices\D+0\.7000", run.stdout)
+    assert (tmp_path / "density.png").exists()
+    masks = 10_616_832 // 8  # 6 blocks of 4 · 384 · 384 + 2 · 384 · 1536 weights
+    head = 4 * (384 * 384 + 384 + 2 * 384 + 2)
+    written = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert masks + head < written <= 1.01 * masks + head
+
+
+def test_movie_sentences_are_balanced_and_split():
+    spec = importlib.util.spec_from_file_location("offline_data", EXAMPLES / "offline_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    train, held_out = module.movie_sentences()
+    assert len(train) == 9072 and len(held_out) == 1000
+    assert not {text for text, _ in held_out} & {text for text, _ in train}
+    assert 0.45 < sum(label for _, label in held_out) / 1000 < 0.55
