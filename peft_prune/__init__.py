@@ -1,12 +1,13 @@
 """Pruning methods for PEFT. Importing this package makes PEFT know them."""
 
 from .config import PruningConfig
-from .functional import finalize, update_schedule
 from .masks.codec import MaskFormatError
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
+from .tuners.finalize import finalize
+from .tuners.schedule import update_schedule
 from .tuners.smp import SMPConfig, SMPModel
 from .tuners.verbalizer import make_verbalizer
 

@@ -7,7 +7,7 @@ import torch
 from conftest import make_gpt2
 from test_save_load import final_adapter
 
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapter_format.md"

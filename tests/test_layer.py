@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_prune import SMPConfig, finalize, update_schedule
-from peft_prune.functional import sparsity
-from peft_prune.tuners.layer import PrunedLinear, PrunedLinearConv1D
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
+from peft_prune.tuners.linear import PrunedLinear, PrunedLinearConv1D
+from peft_prune.tuners.schedule import sparsity
 
 
 def randomize_scores(model, seed=0, name="default"):

@@ -7,7 +7,7 @@ from test_layer import prune
 from peft_prune import finalize
 from peft_prune.report.plots import plot_density
 from peft_prune.report.summary import layer_densities, summary_table
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
 
 
 @pytest.mark.parametrize("final", [False, True])

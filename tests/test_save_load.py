@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_layer import prune, randomize_scores
 
 from peft_prune import MaskFormatError, SMPConfig, finalize, update_schedule
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
 
 
 def final_adapter(folder, at=0.5, make=make_bert, **fields):

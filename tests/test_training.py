@@ -19,8 +19,8 @@ from peft_prune import (
     finalize,
     update_schedule,
 )
-from peft_prune.functional import sparsity
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
+from peft_prune.tuners.schedule import sparsity
 
 
 def data(n=64, seed=0, length=8):
@@ -319,3 +319,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(batch, reentrant):
         results.append([layer.scores["default"].grad for layer in pruning_layers(model)])
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def test_schedule_is_a_method_too_as_in_adalora():
+    model = smp_bert()
+    assert model.base_model.update_schedule(10, 10)["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert model.update_schedule(0, 10)["sparsity"] == 0

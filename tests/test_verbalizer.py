@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from peft_prune import PruningTrainer, SMPConfig, make_verbalizer
-from peft_prune.tuners.model import pruning_layers
+from peft_prune.tuners.layer import pruning_layers
 
 
 MASK = 4

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torch import nn
 
-from ..functional import module_kind
-from ..tuners.model import pruning_layers
+from ..tuners.layer import pruning_layers
+from ..tuners.schedule import module_kind
 
 
 if TYPE_CHECKING:

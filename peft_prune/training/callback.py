@@ -6,8 +6,9 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
-from ..functional import finalize, trained_adapters, update_schedule
-from ..tuners.model import pruning_layers
+from ..tuners.finalize import finalize
+from ..tuners.layer import pruning_layers
+from ..tuners.schedule import trained_adapters, update_schedule
 
 
 class PruningCallback(TrainerCallback):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..functional import trained_adapters
+from ..tuners.schedule import trained_adapters
 
 
 def pruning_parameter_groups(

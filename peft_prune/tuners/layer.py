@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import PruningConfig
 from ..masks.codec import check_mask, describe_mask, pack_mask, packed_size, unpack_mask
@@ -300,31 +298,9 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         return self.prefix.removesuffix("_") + "." + super().__repr__()
 
 
-class PrunedLinear(PruningLayer):
-    """`nn.Linear` seen through a mask."""
-
-    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight, self.bias)
-
-
-class PrunedLinearConv1D(PruningLayer):
-    """Transformers' `Conv1D` (GPT-2), whose weight is (in, out), seen through a mask."""
-
-    def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.T
-
-    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
-        return flat.view(*x.shape[:-1], weight.shape[1])
-
-
-# Looked up by exact type: a subclass may compute something else from its weight.
-LAYER_CLASSES: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: PrunedLinear, Conv1D: PrunedLinearConv1D}
-
-
-def layer_class_for(module: nn.Module) -> Optional[type[PruningLayer]]:
-    """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
-    for base, layer_class in LAYER_CLASSES.items():
-        if isinstance(module, base) and type(module).forward is base.forward:
-            return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
-    return None
+def pruning_layers(model: nn.Module, adapter_name: Optional[str] = None) -> list[PruningLayer]:
+    """All pruning layers of a model, wrapped in whatever it is; only those with the given adapter if one is named."""
+    layers = [m for m in model.modules() if isinstance(m, PruningLayer)]
+    if adapter_name is not None:
+        layers = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
+    return layers

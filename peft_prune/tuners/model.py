@@ -14,7 +14,9 @@ from torch import nn
 from ..config import PruningConfig
 from ..masks.codec import MaskFormatError, check_mask
 from ..masks.granularity import parse_granularity
-from .layer import PruningLayer, layer_class_for, warn_once
+from .layer import PruningLayer, warn_once
+from .linear import layer_class_for
+from .schedule import update_schedule
 from .verbalizer import install_verbalizer
 
 
@@ -61,6 +63,10 @@ class PruningModel(BaseTuner):
 
     tuner_layer_cls = PruningLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def update_schedule(self, step: int, total_steps: Optional[int] = None) -> dict[str, float]:
+        """[`peft_prune.update_schedule`] as a method, where users of AdaLoRA look for it: `model.base_model`."""
+        return update_schedule(self, step, total_steps)
 
     # -------------------------------------------------------------- preparation
 
@@ -229,11 +235,3 @@ class PruningModel(BaseTuner):
                 "batch share. Call model.set_adapter(name) and run one batch for each adapter."
             )
         return nullcontext()
-
-
-def pruning_layers(model: nn.Module, adapter_name: Optional[str] = None) -> list[PruningLayer]:
-    """All pruning layers of a model, wrapped in whatever it is; only those with the given adapter if one is named."""
-    layers = [m for m in model.modules() if isinstance(m, PruningLayer)]
-    if adapter_name is not None:
-        layers = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
-    return layers

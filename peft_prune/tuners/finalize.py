@@ -1,0 +1,54 @@
+"""The end of training: scores become masks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Optional
+
+from torch import nn
+
+from ..config import PruningConfig
+from .layer import PruningLayer, pruning_layers
+from .schedule import sparsity, trained_adapters
+
+
+def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
+    """Make the masks final: scores are dropped, and each mask becomes 1 bit a weight.
+
+    What the model computes does not change. `PruningCallback` calls this at the end of training.
+
+    Args:
+        model (`nn.Module`): any model that contains pruning layers.
+        adapter_name (`str`, *optional*): adapter to finalize, by default all active ones that are not final yet.
+
+    Raises:
+        ValueError: there is no adapter left to finalize.
+    """
+    adapters = trained_adapters(model)
+    if adapter_name is not None:
+        adapters = {adapter_name: [m for m in pruning_layers(model, adapter_name) if adapter_name in m.scores]}
+    if not any(adapters.values()):
+        raise ValueError(
+            f"finalize: no adapter with trained scores found (adapter_name={adapter_name!r}). It is final already, not "
+            "active, or not there."
+        )
+    for name, layers in adapters.items():
+        config = layers[0].pruning_config[name]
+        _warn_if_target_missed(name, layers, config)
+        config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
+        config.finalized = True
+
+
+def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
+    step, total = layers[0].progress[name][:2].tolist()
+    reached = sparsity(layers, name)
+    wanted = sum(layer.target_sparsity(name) * layer.shape[0] * layer.shape[1] for layer in layers)
+    wanted /= sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    if abs(reached - wanted) > 1e-3 and config.init_weights:
+        when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
+        warnings.warn(
+            f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. "
+            "Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before finalize.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,42 @@
+"""The kinds of modules that can be pruned."""
+
+from __future__ import annotations
+
+from typing import Optional, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .layer import PruningLayer
+
+
+class PrunedLinear(PruningLayer):
+    """`nn.Linear` seen through a mask."""
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class PrunedLinearConv1D(PruningLayer):
+    """Transformers' `Conv1D` (GPT-2), whose weight is (in, out), seen through a mask."""
+
+    def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.T
+
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), weight)
+        return flat.view(*x.shape[:-1], weight.shape[1])
+
+
+# Looked up by exact type: a subclass may compute something else from its weight.
+LAYER_CLASSES: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: PrunedLinear, Conv1D: PrunedLinearConv1D}
+
+
+def layer_class_for(module: nn.Module) -> Optional[type[PruningLayer]]:
+    """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
+    for base, layer_class in LAYER_CLASSES.items():
+        if isinstance(module, base) and type(module).forward is base.forward:
+            return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
+    return None
