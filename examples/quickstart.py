@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-split", default="test")
     parser.add_argument("--method", choices=sorted(METHODS), default="smp")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--allocation", choices=["local", "score", "global"], default="local")
+    parser.add_argument("--allocation", choices=["local", "score", "global"], default="score")
     parser.add_argument("--steps", type=int, default=280, help="optimizer steps of the masks")
     parser.add_argument("--dense-steps", type=int, default=170, help="optimizer steps of dense fine-tuning")
     parser.add_argument("--max-train", type=int, help="use only so many training examples")
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     size, kept = sum(r.size for r in rows), sum(r.kept for r in rows)
     console.print(summary_table(model))
     table = Table(title=f"{Path(base).name}, {args.dataset or 'movie sentences'}, {len(labels):,} held out")
-    table.add_column("what")
+    table.add_column("what", no_wrap=True)
     table.add_column("figure", justify="right")
     majority = 100 * max(labels.count(label) for label in set(labels)) / len(labels)
     for name, value in (
@@ -146,9 +146,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         (f"accuracy, dense fine-tuned ({args.dense_steps} steps)", f"{dense_accuracy:.1f} %"),
         (f"accuracy, pruned ({args.steps} steps)", f"{pruned_accuracy:.1f} %"),
         ("accuracy, pruned, loaded in a new process", f"{reloaded_accuracy:.1f} %"),
-        ("sparsity of the encoder's matrices", f"{1 - kept / size:.4f}"),
+        ("sparsity of the encoder's matrices", f"{1 - kept / size:.4f} of {size:,} weights"),
         ("adapter file", f"{adapter_bytes(adapter):,} bytes"),
-        ("  of which masks", f"{-(-size // 8):,} bytes for {size:,} weights"),
+        ("  of which masks", f"{-(-size // 8):,} bytes"),
         ("time", f"{time.time() - start:.0f} s on {torch.get_num_threads()} threads"),
         ("picture", str(args.output / "density.png")),
     ):

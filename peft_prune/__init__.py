@@ -7,7 +7,7 @@ from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
 from .tuners.finalize import finalize
-from .tuners.schedule import update_schedule
+from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
 from .tuners.verbalizer import make_verbalizer
 
@@ -25,5 +25,6 @@ __all__ = [
     "distillation_loss",
     "finalize",
     "make_verbalizer",
+    "penalty",
     "update_schedule",
 ]

@@ -82,6 +82,14 @@ def test_n_m_density_falls_in_whole_weights_and_ends_exactly():
     assert counts == [32, 32, 24, 24, 16, 16]
 
 
+def test_every_n_m_pattern_is_reached_exactly():
+    for m in range(2, 33):
+        for n in range(1, m):
+            pattern = parse_granularity(f"{n}:{m}")
+            sparsity = 1.0 - n / m
+            assert pattern.count(1.0 - sparsity, (3, 2 * m)) == 6 * n
+
+
 @pytest.mark.parametrize("text", ["4:2", "0:4", "2:2", "rows", "2-4", "", None])
 def test_unknown_granularity_is_told(text):
     with pytest.raises(ValueError, match="granularity="):

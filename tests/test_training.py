@@ -17,6 +17,7 @@ from peft_prune import (
     SMPConfig,
     create_pruning_optimizer,
     finalize,
+    penalty,
     update_schedule,
 )
 from peft_prune.tuners.layer import pruning_layers
@@ -254,6 +255,23 @@ def test_interrupted_schedule_is_told():
     update_schedule(model, 2)
     with pytest.warns(UserWarning, match="the schedule stands at step 2 of 10"):
         finalize(model)
+
+
+def test_penalty_to_log_is_the_papers_formula():
+    model = smp_bert(penalty=400.0)
+    assert penalty(model) == 0
+    randomize_scores(model)
+    update_schedule(model, 5, 10)
+    means = [torch.sigmoid(layer.scores["default"]).mean().item() for layer in pruning_layers(model)]
+    assert penalty(model) == pytest.approx(400 * (1 - 0.5**3) * sum(means) / len(means), rel=1e-5)
+
+
+def test_offloaded_weights_are_told(batch):
+    model = prune(make_bert())
+    layer = pruning_layers(model)[0]
+    layer.get_base_layer().to("meta")
+    with pytest.raises(RuntimeError, match="layer.0.attention.self.query' is offloaded"):
+        model(input_ids=batch["input_ids"])
 
 
 def test_wrong_use_is_told(tmp_path):

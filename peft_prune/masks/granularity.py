@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class WeightGranularity:
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
         """Number of weights of an (out, in) matrix kept at `density`."""
-        return round(density * shape[0] * shape[1])
+        return round(density * (shape[0] * shape[1]))
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class NMGranularity:
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
         """Number of weights kept at `density`; while the density falls, whole weights a group, rounded up."""
-        per_group = max(self.n, min(self.m, -int(-density * self.m // 1)))
+        # 1 - (1 - n/m) may lie a rounding error above n/m
+        per_group = max(self.n, min(self.m, math.ceil(density * self.m - 1e-9)))
         return shape[0] * shape[1] // self.m * per_group
 
 

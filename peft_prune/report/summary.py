@@ -86,15 +86,15 @@ def summary_table(model: nn.Module, adapter_name: Optional[str] = None) -> Table
 
     rows = layer_densities(model, adapter_name)
     table = Table(title="Weights kept")
-    table.add_column("kind")
-    for heading in ("matrices", "weights", "kept", "density", "lowest", "highest"):
+    table.add_column("kind", no_wrap=True)
+    for heading in ("weights", "kept", "density", "lowest", "highest"):
         table.add_column(heading, justify="right")
 
     def add(label: str, group: list[LayerDensity], **style: Any) -> None:
         size, kept = sum(r.size for r in group), sum(r.kept for r in group)
         densities = [r.density for r in group]
-        numbers = (len(group), f"{size:,}", f"{kept:,}", f"{kept / size:.4f}", f"{min(densities):.4f}")
-        table.add_row(label, *map(str, numbers), f"{max(densities):.4f}", **style)
+        numbers = (f"{size:,}", f"{kept:,}", f"{kept / size:.4f}", f"{min(densities):.4f}")
+        table.add_row(label, *numbers, f"{max(densities):.4f}", **style)
 
     for kind in dict.fromkeys(r.kind for r in rows):
         add(kind, [r for r in rows if r.kind == kind])

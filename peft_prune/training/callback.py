@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
-from ..tuners.schedule import trained_adapters, update_schedule
+from ..tuners.schedule import penalty, trained_adapters, update_schedule
 
 
 class PruningCallback(TrainerCallback):
@@ -63,12 +63,19 @@ class PruningCallback(TrainerCallback):
             if state.global_step < config.schedule_end * state.max_steps:
                 state.best_metric = state.best_model_checkpoint = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Optional[dict] = None, **kwargs: Any) -> None:
+    def report(self, model: Any) -> dict[str, float]:
+        """Sparsity, λ and penalty at present."""
+        return self.last | {"penalty": penalty(model)}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, model: Any = None, logs: Optional[dict] = None, **kwargs: Any
+    ) -> None:
         """Add sparsity and penalty to what the `Trainer` logs; `PruningTrainer` has done so for all callbacks."""
-        if logs is not None and "loss" in logs:
-            logs.update(self.last)
+        if logs is not None and "loss" in logs and "sparsity" not in logs:
+            report = self.report(model)
+            logs.update(report)
             if state.log_history and "loss" in state.log_history[-1]:
-                state.log_history[-1].update(self.last)
+                state.log_history[-1].update(report)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Finalize the masks; the best model has been loaded by now."""

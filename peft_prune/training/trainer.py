@@ -57,7 +57,7 @@ class PruningTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with sparsity and penalty beside the training loss, so that every reporter shows them."""
         if "loss" in logs:
-            logs = logs | self.pruning_callback.last
+            logs = logs | self.pruning_callback.report(self.model)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:

@@ -15,7 +15,6 @@ from ..config import PruningConfig
 from ..masks.codec import check_mask, describe_mask, pack_mask, packed_size, unpack_mask
 from ..masks.granularity import parse_granularity
 from ..masks.importance import initial_scores
-from ..masks.penalty import sigmoid_penalty
 from .masked_weight import MaskedWeight
 
 
@@ -198,10 +197,6 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self.penalty_armed.discard(adapter_name)
         return self.penalty_grad[adapter_name].clone()
 
-    def penalty_value(self, adapter_name: str) -> torch.Tensor:
-        """`mean(sigmoid(S))`, 0-dim."""
-        return sigmoid_penalty(self.scores[adapter_name].detach())
-
     # ----------------------------------------------------------------- forward
 
     def _warn_if_nobody_advances(self, adapter_name: str) -> None:
@@ -253,6 +248,11 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
         self._warn_about_hooks()
+        if self.weight.device.type == "meta":
+            raise RuntimeError(
+                f"The weight of {self.module_name!r} is offloaded (device 'meta'). A mask needs the weight itself: "
+                "load the base model without offloading, for instance with another device_map or dtype."
+            )
         return self._apply_weight(x, self.effective_weight(self.weight))
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ from typing import Optional
 import torch
 from torch import nn
 
+from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
 from ..masks.granularity import parse_granularity
+from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
 from .layer import PruningLayer, pruning_layers
 
@@ -44,8 +46,7 @@ def update_schedule(
         grad_scale (`float`): factor by which the loss is scaled (fp16 gradient scaling), so that the penalty is too.
 
     Returns:
-        `dict[str, float]`: `sparsity` (of all target weights), `penalty_lambda` and `penalty` (λ times the mean of
-        `mean(sigmoid(S))`) of the first active adapter.
+        `dict[str, float]`: `sparsity` (of all target weights) and `penalty_lambda` of the first active adapter.
 
     Raises:
         ValueError: there is nothing to advance, the number of steps is unknown, or `step` is beyond it.
@@ -73,15 +74,30 @@ def _update_adapter(
     config.total_steps = total
     for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
         layer.set_kept(name, kept, step, total)
-    weight = Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total)
+    weight = _penalty_weight(config, step, total)
     if weight:
         for layer in layers:
             layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
-    return {
-        "sparsity": sparsity(layers, name),
-        "penalty_lambda": weight,
-        "penalty": weight * float(torch.stack([layer.penalty_value(name) for layer in layers]).mean()),
-    }
+    return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
+
+
+def penalty(model: nn.Module) -> float:
+    """The penalty in force, `λ · R` with `R` the mean over matrices of `mean(sigmoid(S))`: a number to log.
+
+    Its gradient is seen to by [`update_schedule`]; do not add it to a loss.
+    """
+    total = 0.0
+    for name, layers in trained_adapters(model).items():
+        config = layers[0].pruning_config[name]
+        step, steps = layers[0].progress[name][:2].tolist()
+        if config.penalty and step >= 0:
+            mean = torch.stack([sigmoid_penalty(layer.scores[name].detach()) for layer in layers]).mean()
+            total += _penalty_weight(config, step, steps) * float(mean)
+    return total
+
+
+def _penalty_weight(config: PruningConfig, step: int, total_steps: int) -> float:
+    return Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total_steps)
 
 
 def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
