@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> dict:
                 train_pruned, args, model, tokenizer, train_set, eval_set, lr=lr, steps=args.steps,
                 teacher=teacher, score_lr=args.score_lr, distillation_alpha=args.alpha,
             )  # fmt: skip
+            model.save_pretrained(args.cache / f"{args.run}-{args.sparsity}-{args.seed}")
         curve = accuracy_curve(trainer)
     settings = {k: v for k, v in vars(args).items() if k not in ("cache", "results", "table", "eval_every")}
     majority = 100 * max(sum(eval_set["labels"]), len(eval_set) - sum(eval_set["labels"])) / len(eval_set)

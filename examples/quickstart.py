@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     rows = layer_densities(model)
     size, kept = sum(r.size for r in rows), sum(r.kept for r in rows)
+    mask_bytes = sum(info["bytes"] for info in model.peft_config["default"].mask_info.values())
     console.print(summary_table(model))
     table = Table(title=f"{Path(base).name}, {args.dataset or 'movie sentences'}, {len(labels):,} held out")
     table.add_column("what", no_wrap=True)
@@ -148,7 +149,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         ("accuracy, pruned, loaded in a new process", f"{reloaded_accuracy:.1f} %"),
         ("sparsity of the encoder's matrices", f"{1 - kept / size:.4f} of {size:,} weights"),
         ("adapter file", f"{adapter_bytes(adapter):,} bytes"),
-        ("  of which masks", f"{-(-size // 8):,} bytes"),
+        (
+            "  of which masks",
+            f"{mask_bytes:,} bytes",
+        ),
         ("time", f"{time.time() - start:.0f} s on {torch.get_num_threads()} threads"),
         ("picture", str(args.output / "density.png")),
     ):

@@ -10,6 +10,7 @@ from typing import Any, Optional, Union
 from peft import PeftConfig
 
 from .masks.allocation import ALLOCATIONS
+from .masks.codec import READABLE, VERSION, is_mask_info
 from .masks.granularity import NMGranularity, parse_granularity
 from .masks.importance import SCORE_INITS
 from .masks.schedule import CURVES, Schedule
@@ -29,22 +30,6 @@ def _check_number(name: str, value: Any, low: float, high: float, fix: str, open
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
-
-
-def _is_mask_info(info: Any) -> bool:
-    try:
-        rows, columns = info["shape"]
-        numbers = (rows, columns, info["kept"])
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
-        return (
-            whole
-            and rows > 0
-            and columns > 0
-            and 0 <= info["kept"] <= rows * columns
-            and isinstance(info["crc32"], str)
-        )
-    except (TypeError, KeyError, ValueError):
-        return False
 
 
 @dataclass
@@ -102,8 +87,12 @@ class PruningConfig(PeftConfig):
             Label words that make a classifier of a frozen masked-LM head, from [`peft_prune.make_verbalizer`].
         finalized (`bool`):
             Whether the masks are final. Set by [`peft_prune.finalize`].
+        check_base (`bool`):
+            Whether loading a final mask checks that the base model is the one the mask was made for. To load it on
+            another one all the same, set it to `False` in the config and pass that to `from_pretrained`.
         mask_info (`dict`, *optional*):
-            Shape, number of kept weights and checksum of each final mask. Written by [`peft_prune.finalize`].
+            Shape, number of kept weights, checksum of each final mask, samples of its base weight. Written by
+            [`peft_prune.finalize`].
         mask_format (`int`):
             Version of the stored form of masks.
 
@@ -147,11 +136,12 @@ class PruningConfig(PeftConfig):
     verbalizer: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Label words over a frozen masked-LM head, from make_verbalizer."}
     )
+    check_base: bool = field(default=True, metadata={"help": "Refuse a base model that the mask was not made for."})
     finalized: bool = field(default=False, metadata={"help": "Whether the masks are final."})
     mask_info: Optional[dict[str, dict[str, Any]]] = field(
         default=None, metadata={"help": "Shape, kept weights and checksum of each final mask."}
     )
-    mask_format: int = field(default=1, metadata={"help": "Version of the stored form of masks."})
+    mask_format: int = field(default=VERSION, metadata={"help": "Version of the stored form of masks."})
 
     def __post_init__(self, density: Optional[float] = None):
         super().__post_init__()
@@ -234,18 +224,20 @@ class PruningConfig(PeftConfig):
         _check_number("score_lr", self.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
 
     def _check_stored_form(self) -> None:
-        if self.mask_format != 1:
+        if self.mask_format not in READABLE:
             raise ValueError(
-                f"mask_format={self.mask_format!r} is not known to this version of peft_prune, which reads 1. "
+                f"mask_format={self.mask_format!r} is not known to this version of peft_prune, which reads "
+                f"{' and '.join(map(str, READABLE))}. "
                 "Upgrade it: `pip install -U peft_prune`."
             )
         if self.finalized and not self.mask_info:
             raise ValueError("finalized=True without `mask_info`: the adapter's config is incomplete. Save it again.")
         for name, info in (self.mask_info or {}).items():
-            if not _is_mask_info(info):
+            if not is_mask_info(info):
                 raise ValueError(
                     f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as "
-                    "many weights) and crc32 (text): the adapter's config is damaged. Download or save it again."
+                    "many weights), bytes (no more than the packed mask) and crc32 (text): the adapter's config is "
+                    "damaged. Download or save it again."
                 )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import make_gpt2
+from test_codec import uneven_mask
 from test_save_load import final_adapter
 
+from peft_prune.masks import entropy
 from peft_prune.tuners.layer import pruning_layers
 
 
@@ -17,8 +20,10 @@ def test_documented_reader_reads_our_files(tmp_path):
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     names: dict = {}
     exec(code, names)
+    kinds = set()
     for folder, model in (
         (tmp_path / "bert", final_adapter(tmp_path / "bert", at=0.7)),
+        (tmp_path / "half", final_adapter(tmp_path / "half", at=0.5)),
         (tmp_path / "gpt2", final_adapter(tmp_path / "gpt2", at=0.7, make=make_gpt2)),
     ):
         masks = dict(names["read_masks"](folder))
@@ -27,6 +32,20 @@ def test_documented_reader_reads_our_files(tmp_path):
         for layer in layers:
             mask = torch.from_numpy(masks[layer.module_name])
             assert torch.equal(mask, layer.get_mask("default"))
+            kinds.add(int(layer.mask["default"][0]))
+    assert kinds == {0, 1}  # both codes were read
+
+
+def test_documented_decoder_reads_every_kind_of_cell():
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    mask = uneven_mask(60, 90).numpy()
+    mask[:5], mask[5:10] = True, False
+    for each in (mask, ~mask, mask.T):
+        coded = np.frombuffer(entropy.encode(each), dtype=np.uint8)
+        assert coded[0] or coded[1]
+        assert (names["read_coded"](coded, *each.shape) == each).all()
 
 
 def test_documented_tie_break(tmp_path):

@@ -1,50 +1,145 @@
-"""The stored form: exact on every shape, and damage is told."""
+"""The stored form: exact on every shape and density, near the entropy bound, and damage is told."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prune import MaskFormatError
-from peft_prune.masks.codec import check_mask, describe_mask, pack_mask, packed_size, unpack_mask
+from peft_prune.masks import entropy
+from peft_prune.masks.codec import (
+    decode_mask,
+    describe_mask,
+    encode_mask,
+    is_mask_info,
+    load_mask,
+    pack_mask,
+    packed_size,
+    unpack_mask,
+)
 
 
-@settings(max_examples=100, deadline=None)
-@given(rows=st.integers(0, 20), columns=st.integers(0, 20), seed=st.integers(0, 1000), density=st.floats(0, 1))
-def test_round_trip(rows, columns, seed, density):
+def random_mask(rows, columns, density, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, columns, generator=generator) < density
-    packed = pack_mask(mask)
-    assert packed.numel() == packed_size((rows, columns)) == -(-rows * columns // 8)
-    assert torch.equal(unpack_mask(packed, (rows, columns)), mask)
-    info = describe_mask(packed, (rows, columns))
-    assert info["kept"] == int(mask.sum())
-    check_mask("layer", packed, info)
+    return torch.rand(rows, columns, generator=generator) < density
 
 
-def test_bit_order_is_the_documented_one():
+def uneven_mask(rows, columns, seed=0):
+    """Dense and empty rows and columns, as training leaves them."""
+    generator = np.random.default_rng(seed)
+    share = np.outer(generator.random(rows) ** 3, generator.random(columns) ** 2)
+    return torch.from_numpy(generator.random((rows, columns)) < share)
+
+
+def bound(mask):
+    """Bytes of the entropy of independent bits at the mask's density."""
+    p = mask.float().mean().item()
+    return 0.0 if p in (0, 1) else -mask.numel() / 8 * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.integers(0, 40), columns=st.integers(0, 40), seed=st.integers(0, 1000), density=st.floats(0, 1))
+def test_round_trip_of_both_forms(rows, columns, seed, density):
+    for mask in (random_mask(rows, columns, density, seed), uneven_mask(rows, columns, seed)):
+        packed = pack_mask(mask)
+        assert packed.numel() == packed_size((rows, columns)) == -(-rows * columns // 8)
+        assert torch.equal(unpack_mask(packed, (rows, columns)), mask)
+        stored = encode_mask(mask)
+        assert stored.dtype == torch.uint8 and stored.numel() <= packed.numel() + 1
+        assert torch.equal(decode_mask(stored, (rows, columns)), mask)
+        if mask.numel():
+            coded = np.frombuffer(entropy.encode(mask.numpy()), dtype=np.uint8)
+            assert (entropy.decode(coded, (rows, columns)) == mask.numpy()).all()
+            info = describe_mask(stored, mask)
+            assert is_mask_info(info) and info["kept"] == int(mask.sum())
+            assert torch.equal(load_mask("layer", stored, info, 2), mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4096), (4096, 1), (768, 3072), (17, 1000)])
+@pytest.mark.parametrize("density", [0, 1e-3, 0.03, 0.5, 0.999, 1])
+def test_shapes_and_densities(shape, density):
+    mask = random_mask(*shape, density)
+    assert torch.equal(decode_mask(encode_mask(mask), shape), mask)
+
+
+def test_size_is_the_entropy_bound_for_independent_bits():
+    for density in (0.5, 0.3, 0.1, 0.05, 0.03):
+        mask = random_mask(768, 768, density)
+        assert encode_mask(mask).numel() <= 1.002 * bound(mask) + 8
+    assert encode_mask(torch.zeros(768, 768, dtype=torch.bool)).numel() < 16
+    assert encode_mask(torch.ones(768, 768, dtype=torch.bool)).numel() < 16
+
+
+def test_size_is_below_the_bound_where_rows_and_columns_differ():
+    mask = uneven_mask(768, 768)
+    assert encode_mask(mask).numel() < 0.85 * bound(mask)
+
+
+def test_frequencies_are_whole_and_complete():
+    for q in (1, 2, 1000, 32767, 32768, 60000, 65534):
+        weights = np.array(entropy.byte_frequencies(q))[entropy._BITS]
+        left = 2**24 - 256 - weights.sum()
+        assert (weights >= 0).all() and 0 <= left < 256
+
+
+def test_bit_order_of_the_plain_form_is_the_documented_one():
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 0] = mask[0, 3] = mask[1, 4] = True  # positions 0, 3 and 9
     assert pack_mask(mask).tolist() == [0b0000_1001, 0b0000_0010]
 
 
-def test_every_single_flipped_bit_is_noticed():
-    packed = pack_mask(torch.rand(9, 9) < 0.5)
-    info = describe_mask(packed, (9, 9))
-    for byte in range(packed.numel()):
+@pytest.mark.parametrize("mask", [random_mask(9, 9, 0.5), uneven_mask(64, 64)], ids=["plain", "coded"])
+def test_every_single_flipped_bit_is_noticed(mask):
+    stored = encode_mask(mask)
+    info = describe_mask(stored, mask)
+    for byte in range(stored.numel()):
         for bit in range(8):
-            damaged = packed.clone()
+            damaged = stored.clone()
             damaged[byte] ^= 1 << bit
-            with pytest.raises(MaskFormatError, match="checksum"):
-                check_mask("layer", damaged, info)
+            with pytest.raises(MaskFormatError, match="'layer' does not match its record"):
+                load_mask("layer", damaged, info, 2)
 
 
-def test_wrong_length_and_dtype_are_told():
-    packed = pack_mask(torch.rand(9, 9) < 0.5)
-    info = describe_mask(packed, (9, 9))
-    with pytest.raises(MaskFormatError, match="should be 11 bytes"):
-        check_mask("layer", packed[:-1], info)
+def test_wrong_length_dtype_and_count_are_told():
+    mask = random_mask(9, 9, 0.5)
+    stored = encode_mask(mask)
+    info = describe_mask(stored, mask)
+    with pytest.raises(MaskFormatError, match="should be 12 bytes"):
+        load_mask("layer", stored[:-1], info, 2)
     with pytest.raises(MaskFormatError, match="float32"):
-        check_mask("layer", packed.float(), info)
+        load_mask("layer", stored.float(), info, 2)
+    with pytest.raises(MaskFormatError, match="keeps .* weights, but adapter_config.json records"):
+        load_mask("layer", stored, info | {"kept": info["kept"] + 1}, 2)
+    with pytest.raises(MaskFormatError, match="'layer' cannot be read: .*takes 8 bytes"):
+        load_mask("layer", stored, info | {"shape": [8, 8]}, 2)
+    with pytest.raises(MaskFormatError, match="no known code"):
+        decode_mask(torch.tensor([7, 0], dtype=torch.uint8), (2, 2))
     with pytest.raises(MaskFormatError, match="takes 2 bytes"):
-        unpack_mask(packed, (3, 5))
+        unpack_mask(pack_mask(mask), (3, 5))
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.binary(max_size=200), rows=st.integers(1, 30), columns=st.integers(1, 30))
+def test_arbitrary_bytes_give_a_mask_or_a_typed_error(data, rows, columns):
+    stored = torch.frombuffer(bytearray(b"\x01" + data), dtype=torch.uint8)
+    try:
+        mask = decode_mask(stored, (rows, columns))
+    except MaskFormatError:
+        return
+    assert mask.shape == (rows, columns) and mask.dtype == torch.bool
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 50), data=st.data())
+def test_altered_code_with_a_matching_checksum_never_gives_another_count(seed, data):
+    """A file forged with its checksum: what is decoded has the recorded number of weights, or an error is raised."""
+    mask = uneven_mask(40, 40, seed)
+    stored = encode_mask(mask)
+    position = data.draw(st.integers(0, stored.numel() - 1))
+    stored[position] = data.draw(st.integers(0, 255))
+    info = describe_mask(stored, mask)
+    try:
+        assert int(load_mask("layer", stored, info, 2).sum()) == info["kept"]
+    except MaskFormatError:
+        pass

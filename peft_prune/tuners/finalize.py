@@ -8,12 +8,13 @@ from typing import Optional
 from torch import nn
 
 from ..config import PruningConfig
+from ..masks.codec import VERSION
 from .layer import PruningLayer, pruning_layers
 from .schedule import sparsity, trained_adapters
 
 
 def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
-    """Make the masks final: scores are dropped, and each mask becomes 1 bit a weight.
+    """Make the masks final: scores are dropped, and each mask is stored in 1 bit a weight or less.
 
     What the model computes does not change. `PruningCallback` calls this at the end of training.
 
@@ -36,7 +37,7 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         config = layers[0].pruning_config[name]
         _warn_if_target_missed(name, layers, config)
         config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
-        config.finalized = True
+        config.finalized, config.mask_format = True, VERSION
 
 
 def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:

@@ -12,7 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import check_mask, describe_mask, pack_mask, packed_size, unpack_mask
+from ..masks.codec import describe_mask, encode_mask, load_mask, stored_size
+from ..masks.fingerprint import fingerprint
 from ..masks.granularity import parse_granularity
 from ..masks.importance import initial_scores
 from .masked_weight import MaskedWeight
@@ -32,7 +33,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     """Base of the layers that replace a target module.
 
     Of each adapter a layer holds either `scores` (float, trained, shape (out, in)) with `progress` (int64: optimizer
-    step, total steps, number of weights kept), or, once final, `mask` (uint8, one bit a weight). All are named with
+    step, total steps, number of weights kept), or, once final, `mask` (uint8, entropy coded). All are named with
     the method's prefix, `smp_scores` and so on, as PEFT and Transformers want it. Scores and masks are (out, in)
     whatever the layout of the base weight.
 
@@ -81,7 +82,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
 
     @property
     def mask(self) -> BufferDict:
-        """Final masks by adapter name: uint8, shape (ceil(out · in / 8),)."""
+        """Final masks by adapter name in their stored form: uint8, one dimension."""
         return getattr(self, self.prefix + "mask")
 
     @property
@@ -90,9 +91,14 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.prefix + "progress")
 
     @property
+    def matrix(self) -> torch.Tensor:
+        """The base weight as (out, in)."""
+        return self._as_matrix(self.weight)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the pruned matrix."""
-        out_features, in_features = self._as_matrix(self.weight).shape
+        out_features, in_features = self.matrix.shape
         return int(out_features), int(in_features)
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +115,8 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self.pruning_config[adapter_name] = config
         weight = self.weight
         if config.finalized:
-            self.mask[adapter_name] = torch.zeros(packed_size(self.shape), dtype=torch.uint8, device=weight.device)
+            size = stored_size((config.mask_info or {})[self.module_name])
+            self.mask[adapter_name] = torch.zeros(size, dtype=torch.uint8, device=weight.device)
         else:
             kind = config.score_init if config.init_weights else "random"
             self.scores[adapter_name] = nn.Parameter(initial_scores(self._as_matrix(weight), kind))
@@ -155,9 +162,9 @@ class PruningLayer(nn.Module, BaseTunerLayer):
             if all(old is new for old, new in zip(cached[0], sources, strict=True)):
                 return cached[2]
         if final:
-            info = self.pruning_config[adapter_name].mask_info or {}
-            check_mask(self.module_name, self.mask[adapter_name], info[self.module_name])
-            mask = unpack_mask(self.mask[adapter_name], self.shape)
+            config = self.pruning_config[adapter_name]
+            info = (config.mask_info or {})[self.module_name]
+            mask = load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
         else:
             granularity = parse_granularity(self.pruning_config[adapter_name].granularity)
             mask = granularity.mask(self.scores[adapter_name], self.kept(adapter_name))
@@ -165,12 +172,15 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         return mask
 
     def finalize(self, adapter_name: str) -> dict[str, Any]:
-        """Replace scores by their mask, one bit a weight, and return what the config records of it."""
-        packed = pack_mask(self.get_mask(adapter_name))
+        """Replace scores by their mask in its stored form, and return what the config records of it."""
+        if self.merged:
+            raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() before finalize.")
+        mask = self.get_mask(adapter_name)
+        stored = encode_mask(mask)
         for name in (self.prefix + "scores", self.prefix + "progress", "penalty_grad", "_masks"):
             del getattr(self, name)[adapter_name]
-        self.mask[adapter_name] = packed
-        return describe_mask(packed, self.shape)
+        self.mask[adapter_name] = stored
+        return describe_mask(stored, mask) | {"weights": fingerprint(self.matrix)}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

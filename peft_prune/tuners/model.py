@@ -12,8 +12,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import MaskFormatError, check_mask
+from ..masks.codec import MaskFormatError, check_stored
 from ..masks.granularity import parse_granularity
+from .base_check import check_base_weights
 from .layer import PruningLayer, warn_once
 from .linear import layer_class_for
 from .schedule import update_schedule
@@ -82,8 +83,8 @@ class PruningModel(BaseTuner):
         if not targets:
             return  # PEFT raises with the details
         granularity = parse_granularity(config.granularity)
-        for name, shape in targets.items():
-            granularity.check_shape(name, shape)
+        for name, layer in targets.items():
+            granularity.check_shape(name, layer.shape)
         for key in config.sparsity_pattern or {}:
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
                 raise ValueError(
@@ -95,9 +96,9 @@ class PruningModel(BaseTuner):
         if config.verbalizer:
             install_verbalizer(model)
 
-    def _find_targets(self, config: PruningConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """Name and (out, in) of every module that will be pruned."""
-        targets: dict[str, tuple[int, int]] = {}
+    def _find_targets(self, config: PruningConfig, model: nn.Module) -> dict[str, PruningLayer]:
+        """Every module that will be pruned, by name: the layer that is there, or one that could take its place."""
+        targets: dict[str, PruningLayer] = {}
         inside: tuple[str, ...] = ()
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
@@ -106,14 +107,11 @@ class PruningModel(BaseTuner):
                 inside += (name + ".",)
             if not self._check_target_module_exists(config, name):
                 continue
-            if isinstance(module, PruningLayer):
-                targets[name] = module.shape
-            else:
-                targets[name] = self._layer_for(module, name).shape
+            targets[name] = module if isinstance(module, PruningLayer) else self._layer_for(module, name)
         return targets
 
     @staticmethod
-    def _check_mask_info(config: PruningConfig, targets: dict[str, tuple[int, int]]) -> None:
+    def _check_mask_info(config: PruningConfig, targets: dict[str, PruningLayer]) -> None:
         info = config.mask_info or {}
         missing = sorted(set(targets) - set(info)) or sorted(set(info) - set(targets))
         if missing:
@@ -121,12 +119,14 @@ class PruningModel(BaseTuner):
             raise MaskFormatError(
                 f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model."
             )
-        for name, shape in targets.items():
-            if list(shape) != list(info[name]["shape"]):
+        for name, layer in targets.items():
+            if list(layer.shape) != list(info[name]["shape"]):
                 raise MaskFormatError(
-                    f"{name!r} is {tuple(shape)} in this model, but the adapter's mask is for "
+                    f"{name!r} is {layer.shape} in this model, but the adapter's mask is for "
                     f"{tuple(info[name]['shape'])}: it was made for another base model."
                 )
+        if config.check_base:
+            check_base_weights(info, targets)
 
     # ---------------------------------------------------------------- injection
 
@@ -210,7 +210,7 @@ class PruningModel(BaseTuner):
                     + " adapter_config.json: the file is damaged, or is not the one that belongs to it."
                 )
             if final:
-                check_mask(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
+                check_stored(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
             elif tuple(stored[key].shape) != tuple(layer.scores[adapter_name].shape):
                 raise MaskFormatError(
                     f"The scores of {layer.module_name!r} are {tuple(stored[key].shape)} in the file but "
