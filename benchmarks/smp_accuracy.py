@@ -4,7 +4,7 @@ One process runs one configuration and appends a JSON line with its learning cur
 table. Everything that the README says of accuracy comes from here:
 
     python benchmarks/smp_accuracy.py --run dense --seed 0
-    python benchmarks/smp_accuracy.py --run smp-s --sparsity 0.9 --seed 0 --steps 1130 --teacher
+    python benchmarks/smp_accuracy.py --run smp-s --sparsity 0.9 --seed 0 --steps 678 --teacher
     python benchmarks/smp_accuracy.py --table
 """
 

@@ -10,7 +10,7 @@ run() { "$PYTHON" benchmarks/smp_accuracy.py --results "$RESULTS" "$@"; }
 
 for seed in ${SEEDS:-0 1 2}; do
     run --run dense --seed "$seed" --steps 565
-    run --run smp-s --sparsity 0.9 --seed "$seed" --steps 1130 --teacher
+    run --run smp-s --sparsity 0.9 --seed "$seed" --steps 678 --teacher
     run --run smp-l --sparsity 0.5 --seed "$seed" --steps 678 --teacher
     run --run frozen --seed "$seed" --steps 565
 done

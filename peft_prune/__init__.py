@@ -1,6 +1,7 @@
 """Pruning methods for PEFT. Importing this package makes PEFT know them."""
 
 from .config import PruningConfig
+from .hub import keep_card_on_push
 from .masks.codec import MaskFormatError
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
@@ -11,6 +12,8 @@ from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
 from .tuners.verbalizer import make_verbalizer
 
+
+keep_card_on_push()
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_prune.tuners import layer
+from peft_prune.tuners import watch
 
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ BERT_TARGET_WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings():
-    layer._warned.clear()
+    watch._warned.clear()
 
 
 def make_bert(num_labels=2, seed=0, **changes):

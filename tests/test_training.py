@@ -343,3 +343,10 @@ def test_schedule_is_a_method_too_as_in_adalora():
     model = smp_bert()
     assert model.base_model.update_schedule(10, 10)["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert model.update_schedule(0, 10)["sparsity"] == 0
+
+
+def test_trainers_own_card_says_to_import(tmp_path):
+    trainer = PruningTrainer(model=smp_bert(), args=arguments(tmp_path), train_dataset=data())
+    trainer.save_model()
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text().count("import peft_prune") == 1

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from ..config import PruningConfig
+from ..model_card import add_loading_instructions
 from .callback import PruningCallback
 from .distillation import distillation_loss
 from .optimizer import pruning_parameter_groups
@@ -59,6 +61,13 @@ class PruningTrainer(Trainer):
         if "loss" in logs:
             logs = logs | self.pruning_callback.report(self.model)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the `Trainer`'s card, and how to load the adapter into it."""
+        super().create_model_card(*args, **kwargs)
+        for config in getattr(self.model, "peft_config", {}).values():
+            if isinstance(config, PruningConfig):
+                add_loading_instructions(str(self.args.output_dir), config)
 
     def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
         """Create the optimizer that `args.optim` names, with a parameter group for the scores."""

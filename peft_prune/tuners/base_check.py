@@ -7,7 +7,8 @@ from typing import Any
 
 from ..masks.codec import MaskFormatError
 from ..masks.fingerprint import agrees
-from .layer import PruningLayer, warn_once
+from .layer import PruningLayer
+from .watch import warn_once
 
 
 def check_base_weights(info: Mapping[str, Mapping[str, Any]], targets: Mapping[str, PruningLayer]) -> None:
@@ -33,9 +34,9 @@ def check_base_weights(info: Mapping[str, Mapping[str, Any]], targets: Mapping[s
         elif not same:
             raise MaskFormatError(
                 f"The weights of {name!r} are not those that the adapter's mask was made for: this is another base "
-                "model, or another revision or fine-tuned copy of it. Load the base model that adapter_config.json names. To "
-                "use the mask on this one all the same: config = PeftConfig.from_pretrained(...); config.check_base = "
-                "False; PeftModel.from_pretrained(model, ..., config=config)."
+                "model, or another revision or fine-tuned copy of it. Load the base model that adapter_config.json "
+                "names. To use the mask on this one all the same: config = PeftConfig.from_pretrained(...); "
+                "config.check_base = False; PeftModel.from_pretrained(model, ..., config=config)."
             )
     if unknown:
         warn_once(

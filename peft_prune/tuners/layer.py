@@ -17,16 +17,10 @@ from ..masks.fingerprint import fingerprint
 from ..masks.granularity import parse_granularity
 from ..masks.importance import initial_scores
 from .masked_weight import MaskedWeight
+from .watch import ScheduleWatch, warn_once
 
 
-_warned: set[str] = set()
-
-
-def warn_once(topic: str, message: str) -> None:
-    """Warn about a topic once a process, and not once for each of the model's layers."""
-    if topic not in _warned:
-        _warned.add(topic)
-        warnings.warn(message, UserWarning, stacklevel=3)
+BASE = "__base__"  # PEFT's name for no adapter, in `adapter_names`
 
 
 class PruningLayer(nn.Module, BaseTunerLayer):
@@ -55,7 +49,6 @@ class PruningLayer(nn.Module, BaseTunerLayer):
             "pruning_config",
             "penalty_grad",
             "_masks",
-            "_first_seen",
         )
         setattr(self, prefix + "scores", nn.ParameterDict())
         setattr(self, prefix + "mask", BufferDict(persistent=True))
@@ -69,9 +62,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # to notice that scores are trained while nobody advances the schedule
-        self._advanced: set[str] = set()
-        self._first_seen: dict[str, torch.Tensor] = {}
+        self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
 
@@ -175,17 +166,21 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         """Replace scores by their mask in its stored form, and return what the config records of it."""
         if self.merged:
             raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() before finalize.")
-        mask = self.get_mask(adapter_name)
-        stored = encode_mask(mask)
+        info, stored = self.stored_form(self.get_mask(adapter_name))
         for name in (self.prefix + "scores", self.prefix + "progress", "penalty_grad", "_masks"):
             del getattr(self, name)[adapter_name]
         self.mask[adapter_name] = stored
-        return describe_mask(stored, mask) | {"weights": fingerprint(self.matrix)}
+        return info
+
+    def stored_form(self, mask: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+        """What the config records of a mask of this layer, and the bytes that are stored."""
+        stored = encode_mask(mask)
+        return describe_mask(stored, mask) | {"weights": fingerprint(self.matrix)}, stored
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.penalty_armed.discard(adapter_name)
-        self._advanced.discard(adapter_name)
+        self._watch.forget(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -209,32 +204,13 @@ class PruningLayer(nn.Module, BaseTunerLayer):
 
     # ----------------------------------------------------------------- forward
 
-    def _warn_if_nobody_advances(self, adapter_name: str) -> None:
-        if not self.training or torch.compiler.is_compiling() or not self.pruning_config[adapter_name].init_weights:
-            return
-        if adapter_name in self._advanced or "schedule" in _warned:
-            return
-        if int(self.progress[adapter_name][0]) >= 0:
-            self._advanced.add(adapter_name)
-            return
-        # a few scores tell whether an optimizer has been at work; fused ones do not count up tensor versions
-        flat = self.scores[adapter_name].detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].clone()
-        first_seen = self._first_seen.setdefault(adapter_name, sample)
-        if not torch.equal(sample, first_seen.to(sample.device)):
-            warn_once(
-                "schedule",
-                "Scores are being trained but nobody advances the sparsity schedule, so the model stays at its initial "
-                "sparsity. Add PruningCallback() to the Trainer (PruningTrainer does), or call "
-                "peft_prune.update_schedule(model, step, total_steps) after each optimizer step.",
-            )
-
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """`W ⊙ M` for all active adapters, in the base weight's layout; several masks keep what all of them keep."""
         for name in self.active_adapters:
             if name in self.scores:
-                self._warn_if_nobody_advances(name)
                 scores = self.scores[name]
+                if self.training and self.pruning_config[name].init_weights:
+                    self._watch.look(name, scores, self.progress[name])
                 mask, penalty = self.get_mask(name), self._take_penalty(name, scores)
                 weight = self._as_matrix(MaskedWeight.apply(scores, self._as_matrix(weight), mask, penalty))
             elif name in self.mask:
@@ -250,19 +226,48 @@ class PruningLayer(nn.Module, BaseTunerLayer):
                 "used without calling the base layer. Register them on the pruned layer instead.",
             )
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
-            return self.base_layer(x, *args, **kwargs)
+    def _check_weight(self) -> None:
         self._warn_about_hooks()
         if self.weight.device.type == "meta":
             raise RuntimeError(
                 f"The weight of {self.module_name!r} is offloaded (device 'meta'). A mask needs the weight itself: "
                 "load the base model without offloading, for instance with another device_map or dtype."
             )
+
+    def _mixed_batch_forward(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Each sample of a batch through a mask of its own."""
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged. Call model.unmerge_adapter().")
+        times, rest = divmod(len(x), len(adapter_names))
+        if rest:
+            raise ValueError(f"adapter_names has {len(adapter_names)} entries, but the batch has {len(x)} samples.")
+        # beams, and models that flatten batch and tokens, show a layer several rows of each sample side by side
+        names = [name for name in adapter_names for _ in range(times)]
+        result: Optional[torch.Tensor] = None
+        for name in dict.fromkeys(adapter_names):
+            weight = self.weight
+            if name in self._get_available_adapters():
+                weight = weight * self._as_matrix(self.get_mask(name))
+            rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
+            part = self._apply_weight(x[rows], weight)
+            if result is None:
+                result = part.new_empty((len(x), *part.shape[1:]))
+            result[rows] = part
+        assert result is not None
+        return result
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None and not self.disable_adapters:
+            self._check_weight()
+            return self._mixed_batch_forward(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
+            return self.base_layer(x, *args, **kwargs)
+        self._check_weight()
         return self._apply_weight(x, self.effective_weight(self.weight))
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from contextlib import nullcontext
 from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import MaskFormatError, check_stored
+from ..masks.codec import VERSION, MaskFormatError, check_stored
 from ..masks.granularity import parse_granularity
 from .base_check import check_base_weights
-from .layer import PruningLayer, warn_once
+from .combine import COMBINATIONS, combine_masks
+from .layer import PruningLayer, pruning_layers
 from .linear import layer_class_for
+from .mixed_batch import routed
 from .schedule import update_schedule
 from .verbalizer import install_verbalizer
+from .watch import warn_once
 
 
 # "encoder.layer.3.attention.self.query" -> the part below the block's number
@@ -228,10 +232,70 @@ class PruningModel(BaseTuner):
                 "Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
             )
 
+    # -------------------------------------------------------- several adapters
+
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("adapter_names") is not None:
+        adapter_names = kwargs.get("adapter_names")
+        return nullcontext() if adapter_names is None else routed(self, adapter_names, kwargs.get("num_beams"))
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: Optional[list[float]] = None,
+        adapter_name: str = "combined",
+        combination_type: str = "union",
+    ) -> None:
+        """Add an adapter whose masks are combined from those of others, as LoRA's method of that name.
+
+        `modules_to_save` are those of the first adapter. The new adapter is not activated.
+
+        Args:
+            adapters (`list[str]`): adapters with final masks, two at least.
+            weights (`list[float]`, *optional*): votes of each adapter for `"majority"`, by default one each.
+            adapter_name (`str`): name of the new adapter.
+            combination_type (`str`): `"union"` (what any keeps), `"intersection"` (what all keep) or `"majority"` (what
+                more than half of the votes keep).
+
+        Raises:
+            ValueError: an argument is unknown or does not fit; the message says which.
+        """
+        votes = self._check_combination(adapters, weights, adapter_name, combination_type)
+        config = cast(PruningConfig, copy.deepcopy(self.peft_config[adapters[0]]))
+        info, stored = {}, {}
+        for layer in pruning_layers(self, adapters[0]):
+            mask = combine_masks([layer.get_mask(name) for name in adapters], combination_type, votes)
+            info[layer.module_name], stored[layer.module_name] = layer.stored_form(mask)
+        config.mask_info, config.mask_format = info, VERSION
+        size = sum(entry["shape"][0] * entry["shape"][1] for entry in info.values())
+        config.sparsity = 1.0 - sum(entry["kept"] for entry in info.values()) / size
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in pruning_layers(self, adapter_name):
+            layer.mask[adapter_name].copy_(stored[layer.module_name])
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
+                source = module.modules_to_save[adapters[0]].state_dict()
+                module.modules_to_save[adapter_name].load_state_dict(source)
+
+    def _check_combination(
+        self, adapters: list[str], weights: Optional[list[float]], adapter_name: str, combination_type: str
+    ) -> list[float]:
+        if combination_type not in COMBINATIONS:
             raise ValueError(
-                "adapter_names is not supported by pruning adapters: a mask changes the weight, which all samples of a "
-                "batch share. Call model.set_adapter(name) and run one batch for each adapter."
+                f"combination_type={combination_type!r} is unknown. Use one of {', '.join(map(repr, COMBINATIONS))}."
             )
-        return nullcontext()
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} exists already. Choose another name.")
+        if len(adapters) < 2:
+            raise ValueError(f"adapters={adapters!r}: give two at least.")
+        votes = [1.0] * len(adapters) if weights is None else weights
+        if len(votes) != len(adapters) or min(votes) < 0:
+            raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(self.peft_config)}.")
+            if not cast(PruningConfig, self.peft_config[name]).finalized:
+                raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
+            if pruning_layers(self, name) != pruning_layers(self, adapters[0]):
+                raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")
+        return votes
