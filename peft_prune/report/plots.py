@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 import numpy as np
 from torch import nn
 
-from .summary import layer_densities
+from .summary import LayerDensity, layer_densities
 
 
 if TYPE_CHECKING:
@@ -24,9 +24,13 @@ def plot_density(model: nn.Module, adapter_name: Optional[str] = None) -> Figure
     Returns:
         `matplotlib.figure.Figure`: call `savefig` on it.
     """
+    return density_figure(layer_densities(model, adapter_name))
+
+
+def density_figure(rows: list[LayerDensity]) -> Figure:
+    """The picture of [`plot_density`] from rows, for an adapter that is only on disk."""
     from matplotlib.figure import Figure
 
-    rows = layer_densities(model, adapter_name)
     kinds = list(dict.fromkeys(r.kind for r in rows))
     blocks = sorted({r.block for r in rows})
     values = np.full((len(kinds), len(blocks)), np.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -53,18 +54,23 @@ def layer_densities(model: nn.Module, adapter_name: Optional[str] = None) -> lis
     layers = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
     if adapter_name is None or not layers:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no such pruning adapter.")
+    return density_rows((layer.module_name, layer.shape, layer.kept(adapter_name)) for layer in layers)
+
+
+def stored_densities(mask_info: Mapping[str, Mapping[str, Any]]) -> list[LayerDensity]:
+    """What a saved adapter keeps of each matrix, by the `mask_info` of its config alone."""
+    return density_rows((name, tuple(info["shape"]), info["kept"]) for name, info in mask_info.items())
+
+
+def density_rows(matrices: Iterable[tuple[str, tuple[int, int], int]]) -> list[LayerDensity]:
+    """Rows from (module name, shape, weights kept); kinds without what all of them begin with."""
+    found = [(name, shape, kept, module_kind(name)) for name, shape, kept in matrices]
+    common = _common_prefix([kind for *_, kind in found])
     rows = []
-    for layer in layers:
-        number = re.search(r"\.(\d+)\.", layer.module_name)
-        kind = module_kind(layer.module_name)
-        rows.append(
-            LayerDensity(
-                layer.module_name, int(number[1]) if number else -1, kind, layer.shape, layer.kept(adapter_name)
-            )
-        )
-    # without what all names begin with: "attention.self.query" says it
-    common = _common_prefix([row.kind for row in rows])
-    return [LayerDensity(r.name, r.block, r.kind.removeprefix(common), r.shape, r.kept) for r in rows]
+    for name, shape, kept, kind in found:
+        number = re.search(r"\.(\d+)\.", name)
+        rows.append(LayerDensity(name, int(number[1]) if number else -1, kind.removeprefix(common), shape, kept))
+    return rows
 
 
 def _common_prefix(kinds: list[str]) -> str:
@@ -82,22 +88,30 @@ def summary_table(model: nn.Module, adapter_name: Optional[str] = None) -> Table
         model (`nn.Module`): any model that contains pruning layers.
         adapter_name (`str`, *optional*): by default the active adapter.
     """
+    return density_table(layer_densities(model, adapter_name))
+
+
+def by_kind(rows: list[LayerDensity]) -> list[tuple[str, int, int, float, float]]:
+    """(kind, weights, kept, lowest and highest density of its matrices) of each kind, and of `"all"` at the end."""
+    kinds = [(kind, [r for r in rows if r.kind == kind]) for kind in dict.fromkeys(r.kind for r in rows)]
+    summary = []
+    for kind, group in [*kinds, ("all", rows)]:
+        densities = [r.density for r in group]
+        summary.append((kind, sum(r.size for r in group), sum(r.kept for r in group), min(densities), max(densities)))
+    return summary
+
+
+def density_table(rows: list[LayerDensity]) -> Table:
+    """[`by_kind`] as a `rich` table."""
     from rich.table import Table
 
-    rows = layer_densities(model, adapter_name)
     table = Table(title="Weights kept")
     table.add_column("kind", no_wrap=True)
     for heading in ("weights", "kept", "density", "lowest", "highest"):
         table.add_column(heading, justify="right")
-
-    def add(label: str, group: list[LayerDensity], **style: Any) -> None:
-        size, kept = sum(r.size for r in group), sum(r.kept for r in group)
-        densities = [r.density for r in group]
-        numbers = (f"{size:,}", f"{kept:,}", f"{kept / size:.4f}", f"{min(densities):.4f}")
-        table.add_row(label, *numbers, f"{max(densities):.4f}", **style)
-
-    for kind in dict.fromkeys(r.kind for r in rows):
-        add(kind, [r for r in rows if r.kind == kind])
-    table.add_section()
-    add("all", rows, style="bold")
+    for kind, size, kept, lowest, highest in by_kind(rows):
+        if kind == "all":
+            table.add_section()
+        numbers = (f"{size:,}", f"{kept:,}", f"{kept / size:.4f}", f"{lowest:.4f}", f"{highest:.4f}")
+        table.add_row(kind, *numbers, style="bold" if kind == "all" else None)
     return table

@@ -1,0 +1,189 @@
+"""The `peft-prune` command: look at saved mask adapters, compare, check and export them.
+
+Exit codes: 0, all is well; 1, the adapter is damaged or does not fit; 2, the command could not be carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+from .masks.codec import MaskFormatError
+
+
+Answer = tuple[dict[str, Any], Callable[[], None]]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command and return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        answer, show = args.function(args)
+    except MaskFormatError as error:
+        return _fail(args, 1, error)
+    except Exception as error:  # a command line prints an error, not a traceback
+        return _fail(args, 2, error)
+    if args.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show()
+    return 0
+
+
+def _fail(args: argparse.Namespace, code: int, error: Exception) -> int:
+    if args.json:
+        print(json.dumps({"error": str(error), "type": type(error).__name__}))
+    print(f"peft-prune: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-prune", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("inspect", _inspect, "density by kind, bytes against entropy, base model")
+    sub.add_argument("adapter", metavar="DIR", help="folder or Hub id of a final adapter")
+    sub = command("diff", _diff, "overlap of two masks")
+    sub.add_argument("adapter", metavar="A")
+    sub.add_argument("other", metavar="B")
+    sub = command("verify", _verify, "check every mask, and that it was made for this base model")
+    sub.add_argument("adapter", metavar="DIR")
+    sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
+    sub = command("export", _export, "a model of its own, with the mask applied")
+    sub.add_argument("adapter", metavar="DIR")
+    sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
+    sub.add_argument("--to", choices=["dense", "onnx"], default="dense", help="Transformers model, or model.onnx")
+    sub.add_argument("--output", required=True, help="folder to write")
+    sub = command("card", _card, "write README.md with density table, picture and results")
+    sub.add_argument("adapter", metavar="DIR")
+    sub.add_argument("--evaluation", nargs="*", default=[], metavar="NAME=VALUE", help="such as accuracy=0.847")
+    sub.add_argument("--dataset", help="Hub id of the data set of the evaluation")
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> Answer:
+    from .report.adapter_file import read_adapter
+    from .report.summary import by_kind, density_table
+
+    adapter = read_adapter(args.adapter)
+    config = adapter.config
+    kinds = [
+        {"kind": kind, "weights": size, "kept": kept, "density": kept / size, "lowest": low, "highest": high}
+        for kind, size, kept, low, high in by_kind(adapter.rows)
+    ]
+    answer = {
+        "method": str(config.peft_type.value),  # type: ignore[union-attr]
+        "base_model": config.base_model_name_or_path,
+        "granularity": config.granularity,
+        "allocation": config.allocation,
+        "sparsity": 1 - kinds[-1]["density"],  # type: ignore[operator]
+        "mask_bytes": adapter.mask_bytes,
+        "entropy_bytes": round(adapter.entropy_bytes),
+        "other_bytes": adapter.other_bytes,
+        "format": config.mask_format,
+        "kinds": kinds,
+        "layers": [{"name": r.name, "shape": list(r.shape), "density": r.density} for r in adapter.rows],
+    }
+
+    def show() -> None:
+        from rich.console import Console
+
+        console = Console()
+        console.print(density_table(adapter.rows))
+        for key in ("method", "base_model", "granularity", "allocation", "format"):
+            console.print(f"{key:14} {answer[key]}")
+        share = adapter.mask_bytes / max(adapter.entropy_bytes, 1)
+        console.print(f"masks          {adapter.mask_bytes:,} bytes, {share:.3f} of the entropy of independent bits")
+        console.print(f"other modules  {adapter.other_bytes:,} bytes")
+
+    return answer, show
+
+
+def _diff(args: argparse.Namespace) -> Answer:
+    from .report.adapter_file import read_adapter
+
+    one, two = read_adapter(args.adapter), read_adapter(args.other)
+    shared = [name for name in one.tensors if name in two.tensors]
+    rows: list[dict[str, Any]] = []
+    for name in shared:
+        a, b = one.mask(name), two.mask(name)
+        if a.shape != b.shape:
+            raise MaskFormatError(
+                f"{name!r} is {tuple(a.shape)} in {args.adapter} but {tuple(b.shape)} in {args.other}."
+            )
+        both = int((a & b).sum())
+        counts = {"both": both, "only_a": int(a.sum()) - both, "only_b": int(b.sum()) - both, "weights": a.numel()}
+        rows.append({"name": name} | counts)
+    total = {key: sum(row[key] for row in rows) for key in ("both", "only_a", "only_b", "weights")}
+    union = total["both"] + total["only_a"] + total["only_b"]
+    # of two unrelated masks of these densities so much would be kept by both
+    kept_a, kept_b = total["both"] + total["only_a"], total["both"] + total["only_b"]
+    answer = {
+        "identical": bool(rows)
+        and total["only_a"] == total["only_b"] == 0
+        and one.tensors.keys() == two.tensors.keys(),
+        "overlap": total["both"] / union if union else 1.0,
+        "both": total["both"],
+        "both_if_unrelated": round(kept_a * kept_b / total["weights"]) if rows else 0,
+        "only_a": total["only_a"],
+        "only_b": total["only_b"],
+        "not_in_b": sorted(set(one.tensors) - set(two.tensors)),
+        "not_in_a": sorted(set(two.tensors) - set(one.tensors)),
+        "layers": rows,
+    }
+
+    def show() -> None:
+        for key in ("identical", "overlap", "both", "both_if_unrelated", "only_a", "only_b", "not_in_b", "not_in_a"):
+            value = answer[key]
+            print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+
+    return answer, show
+
+
+def _verify(args: argparse.Namespace) -> Answer:
+    from .report.adapter_file import read_adapter
+    from .report.export import load_with_base
+
+    adapter = read_adapter(args.adapter)
+    for name in adapter.tensors:
+        adapter.mask(name)
+    load_with_base(adapter, args.base)
+    answer = {"ok": True, "masks": len(adapter.tensors), "base": args.base or adapter.config.base_model_name_or_path}
+    return answer, lambda: print(f"{len(adapter.tensors)} masks are whole and fit {answer['base']}")
+
+
+def _export(args: argparse.Namespace) -> Answer:
+    from .report.adapter_file import read_adapter
+    from .report.export import export
+
+    path = export(read_adapter(args.adapter), args.base, args.to, args.output)
+    return {"output": path}, lambda: print(path)
+
+
+def _card(args: argparse.Namespace) -> Answer:
+    from .report.card import write_model_card
+
+    results = {}
+    for item in args.evaluation:
+        name, _, value = item.partition("=")
+        try:
+            results[name] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"--evaluation {item!r} must be NAME=VALUE with a number, such as accuracy=0.847."
+            ) from None
+    path = write_model_card(args.adapter, results, args.dataset)
+    return {"output": path}, lambda: print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A saved adapter, read without its base model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+
+from ..config import PruningConfig
+from ..masks.codec import MaskFormatError, check_stored, load_mask, stored_size
+from .summary import LayerDensity, stored_densities
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """Config and tensors of a final adapter.
+
+    Attributes:
+        source (`str`): folder or Hub id.
+        config ([`PruningConfig`]): the adapter's configuration.
+        tensors (`dict[str, torch.Tensor]`): stored masks by module name, uint8.
+        others (`dict[str, torch.Tensor]`): what is stored beside the masks, such as a classifier, by key.
+    """
+
+    source: str
+    config: PruningConfig
+    tensors: dict[str, torch.Tensor]
+    others: dict[str, torch.Tensor]
+
+    @property
+    def rows(self) -> list[LayerDensity]:
+        """What is kept of each matrix."""
+        return stored_densities(self.config.mask_info or {})
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of what is stored beside the masks."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.others.values())
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of all masks."""
+        return sum(stored_size(info) for info in (self.config.mask_info or {}).values())
+
+    @property
+    def entropy_bytes(self) -> float:
+        """Bytes that independent bits of the same density per matrix take at least."""
+        return sum(row.size * binary_entropy(row.density) / 8 for row in self.rows)
+
+    def mask(self, name: str) -> torch.Tensor:
+        """Mask of a module: bool, shape (out, in)."""
+        info = (self.config.mask_info or {})[name]
+        return load_mask(name, self.tensors[name], info, self.config.mask_format)
+
+
+def binary_entropy(p: float) -> float:
+    """Bits of a bit that is set with probability `p`."""
+    return 0.0 if p in (0, 1) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+def read_adapter(source: str) -> AdapterFile:
+    """Read a final adapter from a folder or the Hub, and check its checksums.
+
+    Args:
+        source (`str`): folder or Hub id.
+
+    Raises:
+        ValueError: there is no pruning adapter, or its masks are not final.
+        MaskFormatError: it is damaged.
+    """
+    config = PeftConfig.from_pretrained(source)
+    if not isinstance(config, PruningConfig):
+        raise ValueError(f"{source} holds a {config.peft_type} adapter, which is no pruning method of peft_prune.")
+    if not config.finalized:
+        raise ValueError(f"{source} holds a training checkpoint. Masks are final after peft_prune.finalize(model).")
+    suffix = f".{str(config.peft_type.value).lower()}_mask"  # type: ignore[union-attr]
+    stored = load_peft_weights(source, device="cpu")
+    tensors, others = {}, {}
+    for key, tensor in stored.items():
+        if key.endswith(suffix):
+            tensors[key.removeprefix("base_model.model.").removesuffix(suffix)] = tensor
+        else:
+            others[key] = tensor
+    for name, info in (config.mask_info or {}).items():
+        if name not in tensors:
+            raise MaskFormatError(f"{source}: the adapter file holds no mask for {name!r}.")
+        check_stored(name, tensors[name], info)
+    return AdapterFile(str(source), config, tensors, others)

@@ -1,0 +1,83 @@
+"""The model card of a saved adapter, with what it keeps and how well it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Optional
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..model_card import loading_instructions
+from .adapter_file import AdapterFile, read_adapter
+from .plots import density_figure
+from .summary import by_kind
+
+
+PICTURE = "density.png"
+
+
+def density_markdown(adapter: AdapterFile) -> str:
+    """Density by kind as a Markdown table."""
+    lines = ["| kind | weights | kept | density | lowest | highest |", "|---|---:|---:|---:|---:|---:|"]
+    for kind, size, kept, lowest, highest in by_kind(adapter.rows):
+        lines.append(f"| {kind} | {size:,} | {kept:,} | {kept / size:.4f} | {lowest:.4f} | {highest:.4f} |")
+    return "\n".join(lines)
+
+
+def write_model_card(
+    folder: str, evaluation: Optional[Mapping[str, float]] = None, dataset: Optional[str] = None
+) -> str:
+    """Write README.md and a picture of the density into an adapter's folder.
+
+    Metadata that PEFT or you have put into an existing README.md is kept; its text is replaced.
+
+    Args:
+        folder (`str`): an adapter saved by `save_pretrained`.
+        evaluation (`Mapping[str, float]`, *optional*): your results, such as `{"accuracy": 0.847}`.
+        dataset (`str`, *optional*): Hub id of the data set that they were measured on.
+
+    Returns:
+        `str`: the path of README.md.
+    """
+    adapter = read_adapter(folder)
+    path = Path(folder) / "README.md"
+    data = ModelCard.load(path).data if path.exists() else ModelCardData()
+    config = adapter.config
+    data.library_name = "peft"
+    data.tags = sorted({*(data.tags or []), "peft_prune", "pruning"})
+    if config.base_model_name_or_path and not Path(config.base_model_name_or_path).exists():
+        data.base_model = config.base_model_name_or_path
+    if evaluation:
+        data.model_name = data.model_name or Path(folder).resolve().name
+        data.eval_results = [
+            EvalResult(
+                task_type="text-classification" if config.task_type == "SEQ_CLS" else "other",
+                dataset_type=dataset or "unknown",
+                dataset_name=dataset or "unknown",
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in evaluation.items()
+        ]
+    density_figure(adapter.rows).savefig(path.parent / PICTURE, dpi=150)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(adapter, evaluation, dataset)}")
+    card.save(path)
+    return str(path)
+
+
+def _text(adapter: AdapterFile, evaluation: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
+    parts = [
+        "# A mask adapter\n",
+        "## How to Get Started with the Model\n",
+        loading_instructions(adapter.config),
+        "## What it keeps\n",
+        density_markdown(adapter) + "\n",
+        f"The masks take {adapter.mask_bytes:,} bytes ({adapter.mask_bytes / max(adapter.entropy_bytes, 1):.3f} of the "
+        f"entropy of independent bits); {adapter.other_bytes:,} bytes more are modules trained in full.\n",
+        f"![Weights kept by block and kind]({PICTURE})\n",
+    ]
+    if evaluation:
+        parts.append(f"## Evaluation\n\nAs given by the author{f', on {dataset}' if dataset else ''}:\n")
+        parts.append("\n".join(f"- {name}: {value:g}" for name, value in evaluation.items()) + "\n")
+    return "\n".join(parts)

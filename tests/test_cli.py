@@ -1,0 +1,158 @@
+"""The `peft-prune` command on adapters that were saved, and on what is none."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import BERT_TARGET_WEIGHTS, logits, make_bert
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from test_layer import prune, randomize_scores
+from test_save_load import DAMAGE, final_adapter
+from transformers import AutoModelForSequenceClassification
+
+from peft_prune import finalize, update_schedule
+from peft_prune.cli import main
+from peft_prune.tuners.layer import pruning_layers
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base model on disk and an adapter that names it."""
+    make_bert(num_labels=3).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = prune(base, 0.8, task_type="SEQ_CLS", allocation="score")
+    finalize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model
+
+
+def run(capsys, *argv, code=0):
+    assert main([str(a) for a in argv]) == code
+    printed = capsys.readouterr()
+    return json.loads(printed.out) if "--json" in argv else printed
+
+
+def test_inspect(saved, capsys):
+    folder, model = saved
+    answer = run(capsys, "inspect", folder / "adapter", "--json")
+    masks = {layer.module_name: layer.get_mask("default") for layer in pruning_layers(model)}
+    assert {r["name"]: r["density"] for r in answer["layers"]} == {
+        name: pytest.approx(mask.float().mean().item()) for name, mask in masks.items()
+    }
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert answer["kinds"][-1]["kept"] == kept and answer["sparsity"] == pytest.approx(1 - kept / BERT_TARGET_WEIGHTS)
+    p = np.array([mask.float().mean().item() for mask in masks.values()])
+    n = np.array([mask.numel() for mask in masks.values()])
+    entropy = (n * -(p * np.log2(p) + (1 - p) * np.log2(1 - p))).sum() / 8
+    assert answer["entropy_bytes"] == pytest.approx(entropy, abs=1)
+    assert answer["other_bytes"] == 4 * (3 * 32 + 3) and answer["base_model"].endswith("base")
+    text = run(capsys, "inspect", folder / "adapter").out
+    assert "attention.self.query" in text and f"{kept:,}" in text
+
+
+def test_diff(saved, capsys):
+    folder, model = saved
+    same = run(capsys, "diff", folder / "adapter", folder / "adapter", "--json")
+    assert same["identical"] and same["overlap"] == 1 and same["only_a"] == same["only_b"] == 0
+    other = final_adapter(folder / "other", at=0.5)
+    answer = run(capsys, "diff", folder / "adapter", folder / "other", "--json")
+    pairs = [
+        (one.get_mask("default"), two.get_mask("default"))
+        for one, two in zip(pruning_layers(model), pruning_layers(other), strict=True)
+    ]
+    assert answer["both"] == sum(int((a & b).sum()) for a, b in pairs)
+    assert answer["only_b"] == sum(int((b & ~a).sum()) for a, b in pairs)
+    assert answer["overlap"] == pytest.approx(answer["both"] / sum(int((a | b).sum()) for a, b in pairs))
+    assert not answer["identical"] and "overlap" in run(capsys, "diff", folder / "adapter", folder / "other").out
+
+
+def test_verify(saved, capsys):
+    folder, _ = saved
+    assert run(capsys, "verify", folder / "adapter", "--json") == {
+        "ok": True,
+        "masks": 12,
+        "base": str(folder / "base"),
+    }
+    make_bert(num_labels=3, seed=1).save_pretrained(folder / "stranger")
+    error = run(capsys, "verify", folder / "adapter", "--base", folder / "stranger", code=1).err
+    assert "layer.0.attention.self.query" in error and "another base model" in error
+
+
+@pytest.mark.parametrize("kind", ["two tensors swapped", "one bit flipped", "one tensor missing", "wrong dtype"])
+def test_damage_has_exit_code_1(saved, capsys, kind):
+    folder, _ = saved
+    DAMAGE[kind][0](folder / "adapter")
+    for command in ("inspect", "verify"):
+        answer = run(capsys, command, folder / "adapter", "--json", code=1)
+        assert answer["type"] == "MaskFormatError" and "'bert.encoder.layer" in answer["error"]
+
+
+def test_what_is_no_adapter_has_exit_code_2(tmp_path, capsys):
+    assert "Can't find" in run(capsys, "inspect", tmp_path / "nothing", code=2).err
+    get_peft_model(make_bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
+    assert "no pruning method" in run(capsys, "inspect", tmp_path / "lora", code=2).err
+    prune(make_bert()).save_pretrained(tmp_path / "checkpoint")
+    assert "training checkpoint" in run(capsys, "inspect", tmp_path / "checkpoint", code=2).err
+    final_adapter(tmp_path / "mask")
+    assert "Give it with --base" in run(capsys, "verify", tmp_path / "mask", code=2).err
+    assert "NAME=VALUE" in run(capsys, "card", tmp_path / "mask", "--evaluation", "accuracy", code=2).err
+    with pytest.raises(SystemExit) as stop:
+        main(["prune"])
+    assert stop.value.code == 2
+
+
+def test_export_dense(saved, capsys, batch):
+    folder, model = saved
+    expected = logits(model, batch)
+    assert run(capsys, "export", folder / "adapter", "--output", folder / "dense").out.strip() == str(folder / "dense")
+    exported = AutoModelForSequenceClassification.from_pretrained(folder / "dense")
+    assert torch.equal(logits(exported, batch), expected)
+    weights = exported.bert.encoder.layer[0].intermediate.dense.weight
+    assert 0.7 < (weights == 0).float().mean() < 0.9
+
+
+@pytest.mark.slow
+def test_export_onnx(saved, capsys, batch):
+    runtime = pytest.importorskip("onnxruntime")
+    folder, model = saved
+    path = run(capsys, "export", folder / "adapter", "--to", "onnx", "--output", folder / "onnx", "--json")["output"]
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for ids in (batch["input_ids"], batch["input_ids"][:1, :5]):  # other sizes than those it was traced with
+        mask = torch.ones_like(ids)
+        (found,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        np.testing.assert_allclose(found, logits(model, {"input_ids": ids}).numpy(), atol=1e-5)
+
+
+def test_card(saved, capsys):
+    folder, _ = saved
+    command = ["card", folder / "adapter", "--evaluation", "accuracy=0.847", "--dataset", "stanfordnlp/sst2"]
+    run(capsys, *command)
+    run(capsys, *command)
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    assert card.data.library_name == "peft" and "pruning" in card.data.tags
+    assert card.data.eval_results[0].metric_value == 0.847
+    assert card.data.eval_results[0].dataset_name == "stanfordnlp/sst2"
+    for part in ("import peft_prune", "attention.self.query", "density.png", "accuracy: 0.847"):
+        assert card.text.count(part) >= 1
+    assert os.path.getsize(folder / "adapter" / "density.png") > 5000
+
+
+def test_command_is_installed():
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="console_scripts", name="peft-prune")
+    assert entry.load() is main
+
+
+def test_diff_of_other_seeds_is_like_chance(tmp_path, capsys):
+    final_adapter(tmp_path / "a", at=0.9)
+    model = prune(make_bert(), 0.9)
+    randomize_scores(model, seed=9)
+    update_schedule(model, 10, 10)
+    finalize(model)
+    model.save_pretrained(tmp_path / "b")
+    answer = run(capsys, "diff", tmp_path / "a", tmp_path / "b", "--json")
+    assert abs(answer["both"] - answer["both_if_unrelated"]) < 60
