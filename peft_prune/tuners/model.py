@@ -13,12 +13,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import VERSION, MaskFormatError, check_stored
+from ..masks.codec import VERSION
 from ..masks.granularity import parse_granularity
-from .base_check import check_base_weights
 from .combine import COMBINATIONS, combine_masks
 from .layer import PruningLayer, pruning_layers
 from .linear import layer_class_for
+from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
 from .schedule import update_schedule
 from .verbalizer import install_verbalizer
@@ -96,7 +96,9 @@ class PruningModel(BaseTuner):
                     f"{next(iter(targets))!r}. Correct the name, or remove the entry."
                 )
         if config.finalized:
-            self._check_mask_info(config, targets)
+            check_targets(config.mask_info or {}, targets)
+            if config.check_base:
+                check_base_weights(config.mask_info or {}, targets)
         if config.verbalizer:
             install_verbalizer(model)
 
@@ -113,24 +115,6 @@ class PruningModel(BaseTuner):
                 continue
             targets[name] = module if isinstance(module, PruningLayer) else self._layer_for(module, name)
         return targets
-
-    @staticmethod
-    def _check_mask_info(config: PruningConfig, targets: dict[str, PruningLayer]) -> None:
-        info = config.mask_info or {}
-        missing = sorted(set(targets) - set(info)) or sorted(set(info) - set(targets))
-        if missing:
-            where = "has no mask for" if missing[0] in targets else "has a mask for the absent module"
-            raise MaskFormatError(
-                f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model."
-            )
-        for name, layer in targets.items():
-            if list(layer.shape) != list(info[name]["shape"]):
-                raise MaskFormatError(
-                    f"{name!r} is {layer.shape} in this model, but the adapter's mask is for "
-                    f"{tuple(info[name]['shape'])}: it was made for another base model."
-                )
-        if config.check_base:
-            check_base_weights(info, targets)
 
     # ---------------------------------------------------------------- injection
 
@@ -199,27 +183,9 @@ class PruningModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Check what was read before any of it is copied into the model."""
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
         stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, layer in layers.items():
-            if adapter_name not in layer._get_available_adapters():
-                continue
-            final = adapter_name in layer.mask
-            kind = "mask" if final else "scores"
-            key = f"{name}.{cls.prefix}{kind}.{adapter_name}"
-            if key not in stored:
-                raise MaskFormatError(
-                    f"The adapter file holds no {kind} for {layer.module_name!r}. "
-                    + ("Masks are final in" if final else "Scores are still trained according to")
-                    + " adapter_config.json: the file is damaged, or is not the one that belongs to it."
-                )
-            if final:
-                check_stored(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
-            elif tuple(stored[key].shape) != tuple(layer.scores[adapter_name].shape):
-                raise MaskFormatError(
-                    f"The scores of {layer.module_name!r} are {tuple(stored[key].shape)} in the file but "
-                    f"{tuple(layer.scores[adapter_name].shape)} in this model: the adapter was made for another one."
-                )
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
+        check_stored_state(stored, layers, config, cls.prefix, adapter_name)
         return stored
 
     # ------------------------------------------------------------- refusals

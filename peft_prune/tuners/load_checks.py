@@ -1,0 +1,121 @@
+"""What is checked when an adapter is loaded: is it whole, and is this the base model that it was made for?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..config import PruningConfig
+from ..masks.codec import MaskFormatError, check_stored
+from ..masks.fingerprint import agrees
+from .layer import PruningLayer
+from .watch import warn_once
+
+
+def check_targets(info: Mapping[str, Mapping[str, Any]], targets: Mapping[str, PruningLayer]) -> None:
+    """Compare modules and shapes with those that masks were made for.
+
+    Args:
+        info: the config's `mask_info`.
+        targets: the layers by module name.
+
+    Raises:
+        MaskFormatError: a module has no mask, a mask no module, or a shape differs.
+    """
+    missing = sorted(set(targets) - set(info)) or sorted(set(info) - set(targets))
+    if missing:
+        where = "has no mask for" if missing[0] in targets else "has a mask for the absent module"
+        raise MaskFormatError(
+            f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model."
+        )
+    for name, layer in targets.items():
+        if list(layer.shape) != list(info[name]["shape"]):
+            raise MaskFormatError(
+                f"{name!r} is {layer.shape} in this model, but the adapter's mask is for "
+                f"{tuple(info[name]['shape'])}: it was made for another base model."
+            )
+
+
+def check_stored_state(
+    stored: Mapping[str, torch.Tensor],
+    layers: Mapping[str, PruningLayer],
+    config: PruningConfig,
+    prefix: str,
+    adapter_name: str,
+) -> None:
+    """Compare tensors that were read with what the adapter's layers expect.
+
+    Args:
+        stored: tensors by the model's own keys, adapter name included.
+        layers: all pruning layers by their name in the model.
+        config ([`PruningConfig`]): the adapter's configuration.
+        prefix (`str`): the method's prefix.
+        adapter_name (`str`): name of the adapter.
+
+    Raises:
+        MaskFormatError: a tensor is missing, superfluous, damaged, or of another shape.
+    """
+    expected = set()
+    for name, layer in layers.items():
+        if adapter_name not in layer._get_available_adapters():
+            continue
+        final = adapter_name in layer.mask
+        kind = "mask" if final else "scores"
+        key = f"{name}.{prefix}{kind}.{adapter_name}"
+        expected |= {key, f"{name}.{prefix}progress.{adapter_name}"}
+        if key not in stored:
+            raise MaskFormatError(
+                f"The adapter file holds no {kind} for {layer.module_name!r}. "
+                + ("Masks are final in" if final else "Scores are still trained according to")
+                + " adapter_config.json: the file is damaged, or is not the one that belongs to it."
+            )
+        if final:
+            check_stored(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
+        elif tuple(stored[key].shape) != tuple(layer.scores[adapter_name].shape):
+            raise MaskFormatError(
+                f"The scores of {layer.module_name!r} are {tuple(stored[key].shape)} in the file but "
+                f"{tuple(layer.scores[adapter_name].shape)} in this model: the adapter was made for another one."
+            )
+    extra = sorted(key for key in stored if f".{prefix}" in key and key not in expected)
+    if extra:
+        raise MaskFormatError(
+            f"The adapter file holds {extra[0]!r} ({len(extra)} such tensors), which adapter_config.json does not "
+            "know: it is not the file that belongs to it, or was altered."
+        )
+
+
+def check_base_weights(info: Mapping[str, Mapping[str, Any]], targets: Mapping[str, PruningLayer]) -> None:
+    """Compare samples of the base weights with those taken when the masks became final.
+
+    Args:
+        info: the config's `mask_info`.
+        targets: the layers by module name.
+
+    Raises:
+        MaskFormatError: a weight is another one; the message names the first such matrix, and how to load the mask all
+            the same.
+    """
+    unknown = []
+    for name, layer in targets.items():
+        stored = info[name].get("weights")
+        if stored is None:
+            continue  # a file of version 1
+        # a merged layer shows the pruned weight
+        same = None if layer.merged else agrees(layer.matrix, stored)
+        if same is None:
+            unknown.append(name)
+        elif not same:
+            raise MaskFormatError(
+                f"The weights of {name!r} are not those that the adapter's mask was made for: this is another base "
+                "model, or another revision or fine-tuned copy of it. Load the base model that adapter_config.json "
+                "names. To use the mask on this one all the same: config = PeftConfig.from_pretrained(...); "
+                "config.check_base = False; PeftModel.from_pretrained(model, ..., config=config)."
+            )
+    if unknown:
+        warn_once(
+            "base",
+            f"Whether the base model is the one that the masks were made for cannot be checked for {len(unknown)} "
+            f"modules (for instance {unknown[0]!r}): their weights are merged, quantised or offloaded.",
+        )

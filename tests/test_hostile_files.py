@@ -1,0 +1,184 @@
+"""Adapter files from strangers: a typed error in under a second and bounded memory, or the mask that was saved."""
+
+import json
+import random
+import struct
+import time
+import tracemalloc
+
+import pytest
+import torch
+from conftest import logits, make_bert
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from test_save_load import final_adapter
+
+from peft_prune import MaskFormatError
+from peft_prune.report.adapter_file import read_adapter
+
+
+def rewrite_header(path, change):
+    """Change the JSON header of a safetensors file and leave its data alone."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    change(header)
+    new = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + size :])
+
+
+def first(header):
+    return next(key for key in header if key != "__metadata__")
+
+
+def huge_shape(header):
+    header[first(header)]["shape"] = [2**62]
+
+
+def huge_offsets(header):
+    header[first(header)]["data_offsets"] = [0, 2**62]
+
+
+def overlapping(header):
+    keys = [key for key in header if key != "__metadata__"]
+    header[keys[1]]["data_offsets"] = header[keys[0]]["data_offsets"]
+
+
+def negative(header):
+    header[first(header)]["shape"] = [-8]
+
+
+def renamed(header):
+    header["elsewhere.smp_mask"] = header.pop(first(header))
+
+
+HEADERS = {
+    "size of 2**62": (huge_shape, SafetensorError),
+    "offsets of 2**62": (huge_offsets, SafetensorError),
+    "overlapping tensors": (overlapping, SafetensorError),
+    "negative size": (negative, SafetensorError),
+    "renamed tensor": (renamed, MaskFormatError),
+}
+
+
+def refused(folder, error, match=None):
+    """Loading raises the error, quickly, without much memory, and leaves the base model as it was."""
+    base = make_bert()
+    weights = {name: p.clone() for name, p in base.named_parameters()}
+    tracemalloc.start()
+    start = time.monotonic()
+    with pytest.raises(error, match=match):
+        PeftModel.from_pretrained(base, folder)
+    # no timing of our own speed, but a bound on hanging: the whole load takes a few hundredths of a second
+    assert time.monotonic() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+    after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters()}
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_lie(tmp_path, kind):
+    final_adapter(tmp_path)
+    change, error = HEADERS[kind]
+    rewrite_header(tmp_path / "adapter_model.safetensors", change)
+    refused(tmp_path, error)
+
+
+@pytest.mark.parametrize("length", [0, 7, 2**62, 2**64 - 1])
+def test_header_lengths_that_lie(tmp_path, length):
+    final_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    refused(tmp_path, SafetensorError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bytes": 2**62},
+        {"shape": [2**31, 2**31]},
+        {"shape": [32, 32, 1]},
+        {"kept": -1},
+        {"kept": float("nan")},
+        {"crc32": 0},
+        {"weights": "zz" * 32},
+        {"weights": 5},
+        {"bytes": True},
+    ],
+)
+def test_records_that_lie(tmp_path, change):
+    final_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["mask_info"][next(iter(config["mask_info"]))] |= change
+    path.write_text(json.dumps(config))
+    refused(tmp_path, ValueError)
+
+
+def test_superfluous_tensors_are_told(tmp_path):
+    final_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.bert.pooler.dense.smp_mask"] = torch.ones(8, dtype=torch.uint8)
+    save_file(tensors, path)
+    refused(tmp_path, MaskFormatError, "pooler.dense.smp_mask.*does not know")
+
+
+def test_bits_for_a_record_that_was_forged_too(tmp_path, batch):
+    """Whoever forges mask and checksum together still gets a mask of the recorded count, or an error."""
+    import zlib
+
+    model = final_adapter(tmp_path, at=0.9)
+    del model
+    path, config_path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(path), json.loads(config_path.read_text())
+    name = "bert.encoder.layer.0.output.dense"
+    key = f"base_model.model.{name}.smp_mask"
+    tensors[key][-1] ^= 0x55
+    config["mask_info"][name]["crc32"] = f"{zlib.crc32(tensors[key].numpy().tobytes()):08x}"
+    save_file(tensors, path)
+    config_path.write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(make_bert(), tmp_path)
+    try:
+        logits(loaded, batch)
+        assert int(read_adapter(tmp_path).mask(name).sum()) == config["mask_info"][name]["kept"]
+    except MaskFormatError as error:
+        assert name in str(error)
+
+
+@pytest.mark.slow
+def test_fuzz(tmp_path):
+    """6,000 random mutations of file or config: the saved masks, or an error that is no crash."""
+    final_adapter(tmp_path, at=0.8)
+    original = read_adapter(tmp_path)
+    masks = {name: original.mask(name) for name in original.tensors}
+    files = [tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"]
+    contents = [path.read_bytes() for path in files]
+    generator = random.Random(0)
+    same = 0
+    for _ in range(6000):
+        which = generator.random() < 0.3
+        data = bytearray(contents[which])
+        for _ in range(generator.choice([1, 1, 2, 8])):
+            position = generator.randrange(len(data))
+            kind = generator.randrange(4)
+            if kind == 0:
+                data[position] ^= 1 << generator.randrange(8)
+            elif kind == 1:
+                del data[position : position + generator.randrange(1, 50)]
+            elif kind == 2:
+                data[position:position] = generator.randbytes(generator.randrange(1, 20))
+            else:
+                del data[max(position, 1) :]
+        files[which].write_bytes(bytes(data))
+        try:
+            adapter = read_adapter(tmp_path)
+            for name, mask in masks.items():
+                assert torch.equal(adapter.mask(name), mask)
+            same += 1
+        except (ValueError, SafetensorError, KeyError, TypeError, RecursionError):
+            pass  # UnicodeDecodeError and JSONDecodeError are ValueErrors; KeyError and TypeError are PEFT's own
+        files[which].write_bytes(contents[which])
+    assert same < 3000  # only changes of what does not matter, such as other fields of the config, may pass
