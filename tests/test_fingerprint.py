@@ -9,6 +9,7 @@ from test_save_load import final_adapter
 
 from peft_prune import MaskFormatError, finalize
 from peft_prune.masks.fingerprint import agrees, fingerprint
+from peft_prune.tuners.layer import pruning_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -50,11 +51,14 @@ def test_another_model_of_the_same_shape_is_told_by_its_first_matrix(tmp_path, m
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_copies_load(tmp_path, dtype):
     final_adapter(tmp_path)
-    PeftModel.from_pretrained(make_bert().to(dtype), tmp_path)
+    loaded = PeftModel.from_pretrained(make_bert().to(dtype), tmp_path)
+    assert pruning_layers(loaded)[0].weight.dtype == dtype
     half = prune(make_bert().to(dtype))
     finalize(half)
     half.save_pretrained(tmp_path / "half")
-    PeftModel.from_pretrained(make_bert(), tmp_path / "half")
+    again = PeftModel.from_pretrained(make_bert(), tmp_path / "half")
+    for one, two in zip(pruning_layers(half), pruning_layers(again), strict=True):
+        assert torch.equal(one.get_mask("default"), two.get_mask("default"))
 
 
 def test_what_cannot_be_checked_is_told(tmp_path):

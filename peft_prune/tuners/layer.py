@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from typing import Any, Optional
 
 import torch
@@ -270,8 +271,9 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self._check_weight()
         return self._apply_weight(x, self.effective_weight(self.weight))
 
+    @abstractmethod
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """What the base layer computes of its input, with another weight in its own layout."""
 
     # ------------------------------------------------------------------- merge
 
