@@ -291,6 +291,20 @@ def test_unsupported_calls_are_told(bert, batch, gpt2):
         model.add_adapter("lora", LoraConfig(target_modules=["query"]))
 
 
+def test_other_adapters_in_the_way_are_told(bert):
+    model = prune(make_bert())
+    model.merge_adapter()
+    with pytest.raises(
+        ValueError, match=r"score_init='magnitude'.*\['default'\] are merged. Call model.unmerge_adapter"
+    ):
+        model.add_adapter("other", SMPConfig())
+    lora = get_peft_model(bert, LoraConfig(target_modules=["query"]))
+    with pytest.raises(
+        TypeError, match="query' is adapted already, by peft.tuners.lora.layer.Linear.*merge_and_unload"
+    ):
+        get_peft_model(lora.base_model.model, SMPConfig())
+
+
 def test_hooks_on_the_base_layer_are_told(bert, batch):
     model = prune(bert)
     pruning_layers(model)[0].get_base_layer().register_forward_hook(lambda *a: None)

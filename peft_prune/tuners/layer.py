@@ -111,6 +111,11 @@ class PruningLayer(nn.Module, BaseTunerLayer):
             self.mask[adapter_name] = torch.zeros(size, dtype=torch.uint8, device=weight.device)
         else:
             kind = config.score_init if config.init_weights else "random"
+            if self.merged and kind == "magnitude":
+                raise ValueError(
+                    f"score_init='magnitude' needs the weight of {self.module_name!r}, into which "
+                    f"{self.merged_adapters} are merged. Call model.unmerge_adapter() first."
+                )
             self.scores[adapter_name] = nn.Parameter(initial_scores(self._as_matrix(weight), kind))
             sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(adapter_name)
             kept = parse_granularity(config.granularity).count(1.0 - sparsity, self.shape)

@@ -44,7 +44,7 @@ def default_target_modules(model: nn.Module) -> set[str]:
             continue
         if isinstance(module, BaseTunerLayer):
             inside += (name + ".",)
-        prunable = isinstance(module, PruningLayer) or layer_class_for(module) is not None
+        prunable = isinstance(module, BaseTunerLayer) or layer_class_for(module) is not None
         match = _IN_BLOCK.fullmatch(name)
         if prunable and match:
             suffixes.add(match["suffix"])
@@ -113,17 +113,24 @@ class PruningModel(BaseTuner):
                 inside += (name + ".",)
             if not self._check_target_module_exists(config, name):
                 continue
-            targets[name] = module if isinstance(module, PruningLayer) else self._layer_for(module, name)
+            targets[name] = module if self._is_own(module) else self._layer_for(module, name)
         return targets
 
     # ---------------------------------------------------------------- injection
 
+    def _is_own(self, module: nn.Module) -> bool:
+        return isinstance(module, PruningLayer) and module.prefix == self.prefix
+
     def _layer_for(self, module: nn.Module, name: str) -> PruningLayer:
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        layer_class = layer_class_for(base)
+        if isinstance(module, BaseTunerLayer):
+            raise TypeError(
+                f"Module {name!r} is adapted already, by {type(module).__module__}.{type(module).__name__}, which a mask "
+                "on its base weight would ignore. Merge that adapter first: model = model.merge_and_unload()."
+            )
+        layer_class = layer_class_for(module)
         if layer_class is None:
             raise TypeError(
-                f"Module {name!r} of type {type(base).__name__} cannot be pruned. Supported are torch.nn.Linear and "
+                f"Module {name!r} of type {type(module).__name__} cannot be pruned. Supported are torch.nn.Linear and "
                 "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
                 "`exclude_modules`."
             )
@@ -139,7 +146,8 @@ class PruningModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if isinstance(target, PruningLayer):
+        if self._is_own(target):
+            target = cast(PruningLayer, target)
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
         layer = self._layer_for(target, current_key)
