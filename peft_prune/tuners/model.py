@@ -124,8 +124,8 @@ class PruningModel(BaseTuner):
     def _layer_for(self, module: nn.Module, name: str) -> PruningLayer:
         if isinstance(module, BaseTunerLayer):
             raise TypeError(
-                f"Module {name!r} is adapted already, by {type(module).__module__}.{type(module).__name__}, which a mask "
-                "on its base weight would ignore. Merge that adapter first: model = model.merge_and_unload()."
+                f"Module {name!r} is adapted already, by {type(module).__module__}.{type(module).__name__}, which a "
+                "mask on its base weight would ignore. Merge that adapter first: model = model.merge_and_unload()."
             )
         layer_class = layer_class_for(module)
         if layer_class is None:
