@@ -150,6 +150,13 @@ class PruningLayer(nn.Module, BaseTunerLayer):
 
     def get_mask(self, adapter_name: str) -> torch.Tensor:
         """Mask in force: bool, shape (out, in). Computed anew only when scores, progress or the stored mask changed."""
+        if torch.compiler.is_compiling() and adapter_name in self._masks:
+            # `update_schedule` has computed it: nothing here to trace, and tensor versions cannot be
+            return self._masks[adapter_name][2]
+        return self._current_mask(adapter_name)
+
+    @torch.compiler.disable
+    def _current_mask(self, adapter_name: str) -> torch.Tensor:
         final = adapter_name in self.mask
         sources = (self.mask[adapter_name],) if final else (self.scores[adapter_name], self.progress[adapter_name])
         versions = [t._version for t in sources]
@@ -158,12 +165,12 @@ class PruningLayer(nn.Module, BaseTunerLayer):
             # held by the cache, so an identity cannot be somebody else's
             if all(old is new for old, new in zip(cached[0], sources, strict=True)):
                 return cached[2]
+        config = self.pruning_config[adapter_name]
         if final:
-            config = self.pruning_config[adapter_name]
             info = (config.mask_info or {})[self.module_name]
             mask = load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
         else:
-            granularity = parse_granularity(self.pruning_config[adapter_name].granularity)
+            granularity = parse_granularity(config.granularity)
             mask = granularity.mask(self.scores[adapter_name], self.kept(adapter_name))
         self._masks[adapter_name] = (sources, versions, mask)
         return mask

@@ -74,6 +74,7 @@ def _update_adapter(
     config.total_steps = total
     for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
         layer.set_kept(name, kept, step, total)
+        layer.get_mask(name)  # now, so that compiled forward passes find it
     weight = _penalty_weight(config, step, total)
     if weight:
         for layer in layers:
