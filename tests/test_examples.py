@@ -1,12 +1,14 @@
 """The quick start in a short form, with its real model and data."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_docs import hub
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -26,6 +28,19 @@ def test_quickstart(tmp_path):
     head = 4 * (384 * 384 + 384 + 2 * 384 + 2)
     written = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert head < written <= 1.01 * masks + head
+
+
+@pytest.mark.slow
+def test_quickstart_with_a_model_and_a_data_set_of_the_hub(tmp_path):
+    hub(tmp_path)  # what the names below lead to where the Hub is not at hand
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--model", "google-bert/bert-base-uncased"]
+    command += ["--dataset", "stanfordnlp/sst2", "--text-column", "sentence", "--eval-split", "validation"]
+    command += ["--method", "smp", "--sparsity", "0.9", "--steps", "3", "--dense-steps", "2", "--output", "out"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "stanfordnlp/sst2" in run.stdout and re.search(r"encoder's matrices\D+0\.(90|89)", run.stdout)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_movie_sentences_are_balanced_and_split():
