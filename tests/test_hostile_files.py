@@ -162,9 +162,9 @@ def test_fuzz(tmp_path):
         which = generator.random() < 0.3
         data = bytearray(contents[which])
         for _ in range(generator.choice([1, 1, 2, 8])):
-            position = generator.randrange(len(data))
+            position = generator.randrange(len(data) or 1)
             kind = generator.randrange(4)
-            if kind == 0:
+            if kind == 0 and data:
                 data[position] ^= 1 << generator.randrange(8)
             elif kind == 1:
                 del data[position : position + generator.randrange(1, 50)]
