@@ -22,7 +22,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/demo.stamp  ## the accuracy table of docs/smp.md; hours on two cores
+bench: $(VENV)/demo.stamp  ## the accuracy table of docs/smp.md; an hour on two cores
 	bash benchmarks/smp_accuracy.sh
 
 $(VENV)/bin/python:

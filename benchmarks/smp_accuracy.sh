@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The accuracy table of docs/smp.md: three seeds of each configuration, one thread each. About three hours of one core.
+# The accuracy table of docs/smp.md: three seeds of each configuration, one thread each. About two hours of one core.
 # RESULTS=file changes where lines are appended; a second copy may run beside the first with other SEEDS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
