@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -189,7 +190,18 @@ class PruningConfig(PeftConfig):
             self.sparsity = DEFAULT_SPARSITY
         fix = "It is the share of weights removed, e.g. sparsity=0.9."
         _check_number("sparsity", self.sparsity, 0.0, 1.0, fix, open_high=True)
+        if not isinstance(self.sparsity_pattern or {}, dict):
+            raise ValueError(
+                f"sparsity_pattern={self.sparsity_pattern!r} must be a dict of sparsities by module name, such as "
+                "{'query': 0.5}."
+            )
         for key, value in (self.sparsity_pattern or {}).items():
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"sparsity_pattern: {key!r} is no module name or regular expression ({error})."
+                ) from error
             _check_number(f"sparsity_pattern[{key!r}]", value, 0.0, 1.0, fix, open_high=True)
 
     def _check_allocation(self) -> None:
