@@ -33,6 +33,10 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
 
 
+class _Derived(float):
+    """A density that was read from a config, and not given by the user."""
+
+
 @dataclass
 class PruningConfig(PeftConfig):
     """
@@ -170,6 +174,8 @@ class PruningConfig(PeftConfig):
                 )
 
     def _resolve_sparsity(self, density: Optional[float]) -> None:
+        if isinstance(density, _Derived) and self.sparsity is not None:
+            density = None  # dataclasses.replace hands on what it read
         if density is not None:
             if self.sparsity is not None:
                 raise ValueError(f"Give sparsity={self.sparsity!r} or density={density!r}, not both.")
@@ -274,4 +280,4 @@ class PruningConfig(PeftConfig):
 
 
 # `density` is only another way to give the sparsity; reading it back derives it, so that the two cannot disagree.
-setattr(PruningConfig, "density", property(lambda self: 1.0 - self.sparsity))  # noqa: B010
+setattr(PruningConfig, "density", property(lambda self: _Derived(1.0 - self.sparsity)))  # noqa: B010

@@ -1,6 +1,7 @@
 """Every field of the config is checked, and the message names field, value and fix."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -78,6 +79,9 @@ def test_density_is_another_way_to_say_sparsity():
     config.sparsity = 0.7
     assert config.density == pytest.approx(0.3)
     assert SMPConfig(granularity="1:4").sparsity == 0.75
+    assert dataclasses.replace(config, penalty=1.0).sparsity == pytest.approx(0.7)
+    assert dataclasses.replace(config, sparsity=0.2).density == pytest.approx(0.8)
+    assert SMPConfig(density=config.density).sparsity == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,70 @@ def test_trainer_gives_the_same_masks_with_accumulation(tmp_path, trainer_cls):
     assert (masks[0] == masks[1]).float().mean() > 0.99
 
 
+class Gradients(TrainerCallback):
+    """What the optimizer is given at the second step, when the penalty is on."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.seen = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("penalty_lambda", [0.0, 400.0])
+def test_trainer_gives_the_same_gradient_with_accumulation(tmp_path, distilled, penalty_lambda):
+    seen = []
+    for batch_size, accumulation in ((32, 1), (8, 4)):
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            max_grad_norm=0.0,
+            learning_rate=0.0,
+        )
+        gradients = Gradients()
+        trainer = PruningTrainer(
+            model=smp_bert(sparsity=0.5, penalty=penalty_lambda),
+            args=args,
+            train_dataset=data(32),
+            teacher=make_bert(seed=7) if distilled else None,
+            score_lr=0.0,
+            callbacks=[PruningCallback(), gradients],
+        )
+        trainer.train()
+        seen.append(gradients.seen)
+    one, four = seen
+    assert one.keys() == four.keys() and any("classifier" in name for name in one)
+    for name in one:
+        torch.testing.assert_close(four[name], one[name], rtol=1e-3, atol=1e-3 * one[name].abs().max().item())
+
+
+def test_fp16_loss_scaling_scales_the_penalty_too():
+    examples = {k: torch.tensor(v[:]) for k, v in data(8).to_dict().items()}
+    seen = []
+    for scale in (1.0, 1024.0):
+        model = smp_bert(penalty=400.0)
+        model.train()
+        scaler = type("Scaler", (), {"get_scale": lambda self, scale=scale: scale})()
+        optimizer = type("Optimizer", (), {"scaler": scaler})()
+        update_schedule(model, 5, 10, PruningCallback()._grad_scale(optimizer))
+        (model(**examples).loss * scale).backward()
+        seen.append([layer.scores["default"].grad / scale for layer in pruning_layers(model)])
+    for plain, scaled in zip(*seen, strict=True):
+        torch.testing.assert_close(plain, scaled)
+
+
+def test_finalize_changes_nothing_if_scores_cannot_be_ranked():
+    model = smp_bert()
+    update_schedule(model, 10, 10)
+    last = pruning_layers(model)[-1]
+    with torch.no_grad():
+        last.scores["default"].fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        finalize(model)
+    assert all("default" in layer.scores for layer in pruning_layers(model))
+
+
 def test_optimizer_groups(tmp_path):
     model = smp_bert(modules_to_save=["pooler"], score_lr=0.03)
     optimizer = create_pruning_optimizer(model, lr=1e-4, weight_decay=0.1)

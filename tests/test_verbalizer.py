@@ -82,6 +82,8 @@ def test_logits_are_those_of_the_label_words_at_the_mask(make):
     output = model(input_ids=IDS, labels=labels)
     torch.testing.assert_close(output.logits, expected)
     torch.testing.assert_close(output.loss, F.cross_entropy(expected, labels))
+    part = model(input_ids=IDS, labels=labels, num_items_in_batch=12).loss  # one of four batches of three
+    torch.testing.assert_close(part, F.cross_entropy(expected, labels, reduction="sum") / 12)
     as_tuple = model(input_ids=IDS, labels=labels, return_dict=False)
     torch.testing.assert_close(as_tuple[:2], (output.loss, output.logits))
     assert model(IDS).loss is None

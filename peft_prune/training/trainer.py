@@ -15,6 +15,13 @@ from .distillation import distillation_loss
 from .optimizer import pruning_parameter_groups
 
 
+def _has_one_label_an_example(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    heads = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
+    configs = getattr(model, "peft_config", {}).values()
+    return type(base).__name__.endswith(heads) or any(getattr(config, "verbalizer", None) for config in configs)
+
+
 class PruningTrainer(Trainer):
     """
     [`~transformers.Trainer`] for pruning adapters.
@@ -51,6 +58,10 @@ class PruningTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        if _has_one_label_an_example(self.model):
+            # A mean over the batch, which Trainer then divides by the accumulation steps. Told the number of items,
+            # BERT and others would not use it, Trainer would not divide, and 4 × 8 would have four times the gradient.
+            self.model_accepts_loss_kwargs = False
         callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, PruningCallback)]
         self.pruning_callback = callbacks[0] if callbacks else PruningCallback()
         if not callbacks:

@@ -36,6 +36,8 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     for name, layers in adapters.items():
         config = layers[0].pruning_config[name]
         _warn_if_target_missed(name, layers, config)
+        for layer in layers:
+            layer.get_mask(name)  # scores that cannot be ranked are told before the first layer is changed
         config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
         config.finalized, config.mask_format = True, VERSION
 

@@ -83,6 +83,7 @@ class _Head:
         self.spec: Optional[dict[str, Any]] = None
         self.input_ids: Optional[torch.Tensor] = None
         self.labels: tuple[Optional[torch.Tensor], ...] = ()
+        self.num_items: Optional[torch.Tensor | int] = None
         self.layer = lambda: next((m for m in model.modules() if isinstance(m, PruningLayer)), None)
         decoder_forward = decoder.forward
         decoder.forward = lambda hidden: (  # type: ignore
@@ -102,7 +103,9 @@ class _Head:
             self.input_ids = args[0] if args else kwargs.get("input_ids")
             names = _LABELS[self.spec["task"]]
             self.labels = tuple(kwargs.get(name) for name in names)
-            kwargs = {name: value for name, value in kwargs.items() if name not in names}
+            self.num_items = kwargs.get("num_items_in_batch")
+            dropped = (*names, "num_items_in_batch")
+            kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
         return args, kwargs
 
     def decode(self, decoder: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -125,15 +128,22 @@ class _Head:
             return output
         is_tuple = isinstance(output, tuple)
         logits = output[0] if is_tuple else output.logits
-        result = (_answers if spec["task"] == "QUESTION_ANS" else _classes)(logits, labels)
+        question = spec["task"] == "QUESTION_ANS"
+        result = _answers(logits, labels) if question else _classes(logits, labels, self.num_items)
         if is_tuple:
             return result.to_tuple() + output[1:]
         return type(result)(**result, hidden_states=output.hidden_states, attentions=output.attentions)
 
 
-def _classes(logits: torch.Tensor, labels: tuple[Optional[torch.Tensor], ...]) -> SequenceClassifierOutput:
+def _classes(
+    logits: torch.Tensor, labels: tuple[Optional[torch.Tensor], ...], num_items: Optional[torch.Tensor | int]
+) -> SequenceClassifierOutput:
     (target,) = labels
-    loss = None if target is None else F.cross_entropy(logits.float(), target.view(-1))
+    loss = None
+    if target is not None:
+        # a Trainer that accumulates gradients says by what the sum of the whole batch is to be divided
+        total = F.cross_entropy(logits.float(), target.view(-1), reduction="sum")
+        loss = total / (len(logits) if num_items is None else num_items)
     return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
 
