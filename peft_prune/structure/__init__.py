@@ -1,0 +1,1 @@
+"""Heads and neurons: where they live, which to remove, and a model without them."""

@@ -1,0 +1,117 @@
+"""Saving and loading models from which heads and neurons were taken out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _get_model_class
+
+from .anatomy import Anatomy
+from .record import FIELD, read_record
+from .shrink import keep_units
+from .sites import find_sites
+
+
+def save_compact(model: nn.Module, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    """Save a compact model: `model.safetensors`, and a `config.json` that records what was removed.
+
+    It is the model's own `save_pretrained`, after a look whether there is anything to record. `Trainer` and
+    `model.push_to_hub(...)` save what [`load_compact`] loads, too.
+
+    Args:
+        model (`PreTrainedModel`): a model after [`shrink`] or `merge_and_unload()`, perhaps trained further.
+        save_directory (`str` or `os.PathLike`): folder to write.
+        **kwargs: passed on to `save_pretrained`, for instance `push_to_hub=True`.
+
+    Raises:
+        TypeError: the model is none of Transformers'.
+        ValueError: nothing was removed from it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_compact needs a Transformers model, not {type(model).__name__}. Of a PeftModel save what "
+            "model.merge_and_unload() returns."
+        )
+    if not getattr(model.config, FIELD, None):
+        raise ValueError(
+            "Nothing was taken out of this model, so there is nothing compact about it. Use model.save_pretrained, or "
+            "peft_prune.shrink(model) first."
+        )
+    model.save_pretrained(save_directory, **kwargs)
+
+
+def load_compact(
+    pretrained_model_name_or_path: str | os.PathLike,
+    model_class: Any = None,
+    anatomy: Optional[Anatomy] = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a compact model.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`): folder or Hub id.
+        model_class (`type`, *optional*): class of the model or an `AutoModelFor...`, by default the class that was
+            saved.
+        anatomy (`tuple[Block, ...]`, *optional*): by default what is registered for the architecture.
+        **kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
+
+    Raises:
+        ValueError: the model is not compact, its class is not known, or its record does not fit.
+    """
+    config = kwargs.pop("config", None)
+    if config is None:
+        hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir") if k in kwargs}
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+    record = getattr(config, FIELD, None)
+    if not isinstance(record, dict) or not record:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} is no compact model: its config has no {FIELD!r}. Load it with "
+            "from_pretrained."
+        )
+    kept = {key: read_record(entry) for key, entry in record.items()}
+    sizes = {key: entry["units"] for key, entry in record.items()}
+    original = _resolve_class(config, model_class)
+
+    def init(self: Any, config: PretrainedConfig, *args: Any, **init_kwargs: Any) -> None:
+        original.__init__(self, config, *args, **init_kwargs)
+        setattr(config, FIELD, None)  # written anew by keep_units
+        _keep_recorded(self, kept, sizes, anatomy)
+
+    # Transformers' own loading (shards, devices, dtypes, Hub) into a model that is compact from the start
+    compact = type(original.__name__, (original,), {"__init__": init, "__module__": original.__module__})
+    model = compact.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+    model.__class__ = original
+    return model
+
+
+def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTrainedModel]:
+    if model_class is not None and hasattr(model_class, "_model_mapping"):
+        return _get_model_class(config, model_class._model_mapping)
+    if model_class is not None:
+        return model_class
+    names = config.architectures or []
+    if len(names) != 1 or not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"The config's architectures={names!r} name no class of Transformers. Give load_compact a `model_class`, "
+            "such as AutoModelForSequenceClassification."
+        )
+    return getattr(transformers, names[0])
+
+
+def _keep_recorded(
+    model: nn.Module, kept: dict[str, torch.Tensor], sizes: dict[str, int], anatomy: Optional[Anatomy]
+) -> None:
+    sites = {site.key: site for site in find_sites(model, anatomy)}
+    for key, units in sizes.items():
+        if key not in sites or sites[key].units != units:
+            there = f"has {sites[key].units}" if key in sites else "is not there"
+            raise ValueError(
+                f"{FIELD}: the record is of {units} units at {key!r}, which {there} in {type(model).__name__}. The "
+                "model's config.json is damaged, or `model_class` is the wrong one."
+            )
+    keep_units(model, {sites[key].output: units for key, units in kept.items()}, anatomy)
