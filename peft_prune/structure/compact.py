@@ -83,7 +83,7 @@ def load_compact(
         _keep_recorded(self, kept, sizes, anatomy)
 
     # Transformers' own loading (shards, devices, dtypes, Hub) into a model that is compact from the start
-    compact = type(original.__name__, (original,), {"__init__": init, "__module__": original.__module__})
+    compact: Any = type(original.__name__, (original,), {"__init__": init, "__module__": original.__module__})
     model = compact.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
     model.__class__ = original
     return model

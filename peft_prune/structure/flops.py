@@ -64,9 +64,7 @@ class ModelSize:
     neurons: int
 
 
-def model_size(
-    model: nn.Module, sequence_length: int = DEFAULT_LENGTH, anatomy: Optional[Anatomy] = None
-) -> ModelSize:
+def model_size(model: nn.Module, sequence_length: int = DEFAULT_LENGTH, anatomy: Optional[Anatomy] = None) -> ModelSize:
     """Size and cost of a model as it stands: of a masked model those of the dense one, of a compact one its own.
 
     Args:

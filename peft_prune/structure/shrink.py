@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .anatomy import Anatomy
 from .record import FIELD, write_record
-from .sites import HEADS, Site, find_sites
+from .sites import HEADS, Site, find_sites, linear_matrix
 
 
 # What attentions call the number of their heads, and the width of all of them together.
@@ -34,12 +34,12 @@ def removable_units(model: nn.Module, site: Site) -> torch.Tensor:
         `torch.Tensor`: bool, shape (units,), on the CPU.
     """
     modules = dict(model.named_modules())
-    columns = _matrix(modules[site.output])[:, site.columns.flatten()] != 0
+    columns = linear_matrix(modules[site.output])[:, site.columns.flatten()] != 0
     idle = ~columns.any(0).view(site.units, -1).any(1)
     if site.kind == HEADS and site.attention is not None and not site.attention.fused:
         name = site.output.removesuffix(site.attention.output) + site.attention.value
         values = modules[name]
-        active = (_matrix(values) != 0).any(1)
+        active = (linear_matrix(values) != 0).any(1)
         if values.bias is not None:
             active |= cast(torch.Tensor, values.bias) != 0
         idle |= ~active[site.rows[name].to(active.device)].any(1)
@@ -117,19 +117,13 @@ def _remove(model: nn.Module, site: Site, units: torch.Tensor) -> torch.Tensor:
     if not len(units):
         units = torch.zeros(1, dtype=torch.int64)
         with torch.no_grad():
-            _matrix(output)[:, site.columns[0]] = 0
+            linear_matrix(output)[:, site.columns[0]] = 0
     for name, rows in site.rows.items():
         _take(model.get_submodule(name), 0, rows[units].flatten().sort().values)
     _take(output, 1, site.columns[units].flatten())
     if site.attention is not None:
         _resize_attention(model.get_submodule(site.module), site, units)
     return units
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """The weight as (out, in)."""
-    weight = cast(torch.Tensor, module.weight)
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:
@@ -142,11 +136,10 @@ def _take(module: nn.Module, dim: int, index: torch.Tensor) -> None:
     if dim == 0 and module.bias is not None:
         bias = cast(nn.Parameter, module.bias)
         module.bias = nn.Parameter(bias.detach()[index].clone(), requires_grad=bias.requires_grad)
-    rows, columns = _matrix(module).shape
-    if isinstance(module, Conv1D):
-        module.nf, module.nx = rows, columns
-    else:
-        module.out_features, module.in_features = rows, columns
+    rows, columns = linear_matrix(module).shape
+    names = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    for name, size in zip(names, (rows, columns), strict=True):
+        setattr(module, name, size)
 
 
 def _resize_attention(attention: nn.Module, site: Site, units: torch.Tensor) -> None:
@@ -189,7 +182,7 @@ def _drop_position_bias(module: nn.Module, args: tuple, kwargs: dict) -> tuple[t
 def _unshare_position_bias(model: nn.Module, sites: list[Site]) -> None:
     """Give each attention of a stack a copy of the table that the first one computes the bias from (T5)."""
     for group in {(site.decoder, site.attention): None for site in sites}:
-        members = [model.get_submodule(s.module) for s in sites if (s.decoder, s.attention) == group]
+        members: list[Any] = [model.get_submodule(s.module) for s in sites if (s.decoder, s.attention) == group]
         table = next((m.relative_attention_bias for m in members if hasattr(m, "relative_attention_bias")), None)
         for attention in members:
             if getattr(attention, "computes_own_bias", False):
@@ -197,8 +190,8 @@ def _unshare_position_bias(model: nn.Module, sites: list[Site]) -> None:
             attention.computes_own_bias = True
             attention.register_forward_pre_hook(_drop_position_bias, with_kwargs=True)
             if table is not None and not hasattr(attention, "relative_attention_bias"):
-                weight = cast(torch.Tensor, table.weight)
-                attention.relative_attention_bias = nn.Embedding.from_pretrained(weight.detach().clone(), freeze=False)
+                weight = table.weight.detach().clone()
+                attention.relative_attention_bias = nn.Embedding.from_pretrained(weight, freeze=False)
                 attention.has_relative_attention_bias = True
 
 

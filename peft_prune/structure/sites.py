@@ -31,6 +31,7 @@ class Site:
         columns (`torch.Tensor`): int64, shape (units, columns a unit), those of `output`.
         rows (`dict[str, torch.Tensor]`): for each module that makes the units, int64, shape (units, rows a unit).
         key (`str`): name of `output` from the backbone on, the same whatever head the model has.
+        block (`str`): name of the block.
         module (`str`): name of the attention, or of the block for neurons.
         attention (`Attention`, *optional*): its entry in the anatomy.
         decoder (`bool`): whether it sees the decoder's tokens.
@@ -42,6 +43,7 @@ class Site:
     columns: torch.Tensor
     rows: Mapping[str, torch.Tensor]
     key: str
+    block: str
     module: str
     attention: Optional[Attention] = None
     decoder: bool = False
@@ -58,11 +60,17 @@ class Site:
         return self.columns.shape[1]
 
 
+def linear_matrix(module: nn.Module) -> torch.Tensor:
+    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = cast(torch.Tensor, base.weight)
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or `Conv1D`, also inside a tuner's layer."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    rows, columns = cast(torch.Tensor, base.weight).shape
-    return (columns, rows) if isinstance(base, Conv1D) else (rows, columns)
+    rows, columns = linear_matrix(module).shape
+    return int(rows), int(columns)
 
 
 def find_sites(model: nn.Module, anatomy: Optional[Anatomy] = None) -> list[Site]:
@@ -124,6 +132,7 @@ class _Place:
             columns=columns,
             rows={self.full(name): index for name, index in rows.items()},
             key=full[self.prefix :],
+            block=self.name,
             decoder=self.decoder,
             repeats=self.repeats,
             **more,
@@ -168,4 +177,4 @@ def _neurons(place: _Place, entry: FeedForward) -> Site:
     if not present:
         place.get(entry.up[0])  # raises
     rows = torch.cat([_runs(units, 1, start=part * units) for part in range(entry.fused)], dim=1)
-    return place.site(NEURONS, entry.down, _runs(units, 1), {name: rows for name in present}, module=place.name)
+    return place.site(NEURONS, entry.down, _runs(units, 1), dict.fromkeys(present, rows), module=place.name)

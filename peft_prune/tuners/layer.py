@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import describe_mask, encode_mask, load_mask, stored_size
+from ..masks.codec import describe_mask, encode_mask, load_mask, mask_to_blocks, stored_size
 from ..masks.fingerprint import fingerprint
 from ..masks.granularity import parse_granularity
 from ..masks.importance import initial_scores
@@ -98,7 +98,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         return tensor
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.scores.keys()) | set(self.mask.keys())
+        return set(self.pruning_config)
 
     # ------------------------------------------------------------------ set-up
 
@@ -109,7 +109,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         if config.finalized:
             size = stored_size((config.mask_info or {})[self.module_name])
             self.mask[adapter_name] = torch.zeros(size, dtype=torch.uint8, device=weight.device)
-        else:
+        elif config.learns_scores:
             kind = config.score_init if config.init_weights else "random"
             if self.merged and kind == "magnitude":
                 raise ValueError(
@@ -142,6 +142,8 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         """Number of weights that the adapter keeps at present."""
         if adapter_name in self.mask:
             return int(self.pruning_config[adapter_name].mask_info[self.module_name]["kept"])  # type: ignore[index]
+        if adapter_name not in self.progress:  # not calibrated yet
+            return self.shape[0] * self.shape[1]
         return int(self.progress[adapter_name][2])
 
     def set_kept(self, adapter_name: str, kept: int, step: int, total_steps: int) -> None:
@@ -158,6 +160,8 @@ class PruningLayer(nn.Module, BaseTunerLayer):
     @torch.compiler.disable
     def _current_mask(self, adapter_name: str) -> torch.Tensor:
         final = adapter_name in self.mask
+        if not final and adapter_name not in self.scores:
+            raise ValueError(self.pruning_config[adapter_name].without_mask)
         sources = (self.mask[adapter_name],) if final else (self.scores[adapter_name], self.progress[adapter_name])
         versions = [t._version for t in sources]
         cached = self._masks.get(adapter_name)
@@ -175,20 +179,41 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         self._masks[adapter_name] = (sources, versions, mask)
         return mask
 
+    def mask_block(self, adapter_name: str) -> Optional[tuple[int, int]]:
+        """Rows and columns of the blocks that the final mask is stored in, `None` for single weights."""
+        info = (self.pruning_config[adapter_name].mask_info or {})[self.module_name]
+        return tuple(info["block"]) if "block" in info else None
+
     def finalize(self, adapter_name: str) -> dict[str, Any]:
         """Replace scores by their mask in its stored form, and return what the config records of it."""
-        if self.merged:
-            raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() before finalize.")
-        info, stored = self.stored_form(self.get_mask(adapter_name))
-        for name in (self.prefix + "scores", self.prefix + "progress", "penalty_grad", "_masks"):
+        info = self.set_mask(adapter_name, self.get_mask(adapter_name))
+        for name in (self.prefix + "scores", self.prefix + "progress", "penalty_grad"):
             del getattr(self, name)[adapter_name]
-        self.mask[adapter_name] = stored
         return info
 
-    def stored_form(self, mask: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    def set_mask(
+        self, adapter_name: str, mask: torch.Tensor, block: Optional[tuple[int, int]] = None
+    ) -> dict[str, Any]:
+        """Give an adapter its final mask, and return what the config records of it.
+
+        Args:
+            adapter_name (`str`): the adapter.
+            mask (`torch.Tensor`): bool, shape (out, in).
+            block (`tuple[int, int]`, *optional*): rows and columns of the blocks that the mask keeps or removes whole.
+        """
+        if self.merged:
+            raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() before its mask is set.")
+        info, stored = self.stored_form(mask, block)
+        self._masks.pop(adapter_name, None)
+        self.mask[adapter_name] = stored.to(self.weight.device)
+        return info
+
+    def stored_form(
+        self, mask: torch.Tensor, block: Optional[tuple[int, int]] = None
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         """What the config records of a mask of this layer, and the bytes that are stored."""
-        stored = encode_mask(mask)
-        return describe_mask(stored, mask) | {"weights": fingerprint(self.matrix)}, stored
+        stored = encode_mask(mask if block is None else mask_to_blocks(mask, block))
+        return describe_mask(stored, mask, block) | {"weights": fingerprint(self.matrix)}, stored
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -228,6 +253,8 @@ class PruningLayer(nn.Module, BaseTunerLayer):
                 weight = self._as_matrix(MaskedWeight.apply(scores, self._as_matrix(weight), mask, penalty))
             elif name in self.mask:
                 weight = weight * self._as_matrix(self.get_mask(name))
+            elif name in self.pruning_config:
+                warn_once("calibrate", self.pruning_config[name].without_mask)
         return weight
 
     def _warn_about_hooks(self) -> None:
@@ -259,7 +286,7 @@ class PruningLayer(nn.Module, BaseTunerLayer):
         result: Optional[torch.Tensor] = None
         for name in dict.fromkeys(adapter_names):
             weight = self.weight
-            if name in self._get_available_adapters():
+            if name in self.scores or name in self.mask:
                 weight = weight * self._as_matrix(self.get_mask(name))
             rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
             part = self._apply_weight(x[rows], weight)

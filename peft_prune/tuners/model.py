@@ -15,6 +15,8 @@ from torch import nn
 from ..config import PruningConfig
 from ..masks.codec import VERSION
 from ..masks.granularity import parse_granularity
+from ..structure.shrink import shrink as shrink_model
+from ..structure.sites import find_sites
 from .combine import COMBINATIONS, combine_masks
 from .layer import PruningLayer, pruning_layers
 from .linear import layer_class_for
@@ -176,6 +178,8 @@ class PruningModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        if not config.finalized and not config.learns_scores:
+            raise ValueError(config.without_mask)
         if not config.finalized and not any(
             m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
         ):
@@ -195,6 +199,35 @@ class PruningModel(BaseTuner):
         layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
         check_stored_state(stored, layers, config, cls.prefix, adapter_name)
         return stored
+
+    # ------------------------------------------------------------------- merge
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        shrink: Optional[bool] = None,
+    ) -> nn.Module:
+        """Merge the masks and return the base model, without the heads and neurons that are gone.
+
+        Args:
+            progressbar (`bool`): show progress.
+            safe_merge (`bool`): check first that the weights are finite.
+            adapter_names (`list[str]`, *optional*): adapters to merge, by default the active ones.
+            shrink (`bool`, *optional*): whether to take heads and neurons out whose weights are all zero, see
+                [`peft_prune.shrink`]. By default if the method removes whole heads or neurons.
+
+        Raises:
+            ValueError: `shrink=True`, and where heads and neurons live is not known for this architecture.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if shrink is None:
+            shrink = any(cast(PruningConfig, self.peft_config[name]).structured for name in names)
+        if shrink:
+            find_sites(self.model)  # tells an unknown architecture before anything is merged
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return shrink_model(model) if shrink else model
 
     # ------------------------------------------------------------- refusals
 
@@ -238,7 +271,9 @@ class PruningModel(BaseTuner):
         info, stored = {}, {}
         for layer in pruning_layers(self, adapters[0]):
             mask = combine_masks([layer.get_mask(name) for name in adapters], combination_type, votes)
-            info[layer.module_name], stored[layer.module_name] = layer.stored_form(mask)
+            blocks = {str(i): i for i in (layer.mask_block(name) for name in adapters)}
+            block = next(iter(blocks.values())) if len(blocks) == 1 else None
+            info[layer.module_name], stored[layer.module_name] = layer.stored_form(mask, block)
         config.mask_info, config.mask_format = info, VERSION
         size = sum(entry["shape"][0] * entry["shape"][1] for entry in info.values())
         config.sparsity = 1.0 - sum(entry["kept"] for entry in info.values()) / size

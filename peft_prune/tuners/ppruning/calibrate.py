@@ -1,0 +1,150 @@
+"""Calibration: a look at a task's inputs, and the masks are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Optional, cast
+
+import torch
+from torch import nn
+
+from ...masks.codec import VERSION
+from ...structure.activations import collect_inputs
+from ...structure.budget import Plan, choose_units
+from ...structure.clustering import column_similarity, head_similarity, least_first, removal_order
+from ...structure.flops import unit_macs
+from ...structure.sites import HEADS, Site, find_sites, linear_matrix
+from ..layer import PruningLayer, pruning_layers
+from .config import PPruningConfig
+
+
+def calibrate(
+    model: nn.Module, dataloader: Optional[Iterable[Any]] = None, adapter_name: Optional[str] = None
+) -> dict[str, float]:
+    """Choose the heads and neurons that stay, and make the masks final.
+
+    Runs the model on `config.num_samples` examples and compares the activations of `config.num_tokens` tokens of them;
+    memory does not grow with the data. Adapters of other kinds stay in force meanwhile.
+
+    Args:
+        model (`nn.Module`): any model with a [`PPruningConfig`] adapter that is not calibrated yet.
+        dataloader (`Iterable`, *optional*): batches as the model takes them, mappings of tensors; labels are not
+            needed. May be left out for `criterion="magnitude"` and `"random"`.
+        adapter_name (`str`, *optional*): adapter to calibrate, by default the one that is not calibrated.
+
+    Returns:
+        `dict[str, float]`: shares that stay: `flops`, `heads` and `neurons`.
+
+    Raises:
+        ValueError: no adapter waits for calibration, there is no data, or the budget cannot be met.
+    """
+    name, layers = _uncalibrated(model, adapter_name)
+    config = cast(PPruningConfig, layers[0].pruning_config[name])
+    if any(layer.merged for layer in layers):
+        raise ValueError("calibrate: adapters are merged. Call model.unmerge_adapter() first.")
+    if config.criterion == "similarity" and dataloader is None:
+        raise ValueError(
+            "calibrate(model, dataloader): criterion='similarity' needs a dataloader of the task's inputs."
+        )
+    modules = {id(module): path for path, module in model.named_modules()}
+    by_output = {site.output: site for site in find_sites(model)}
+    sites = {modules[id(layer)]: by_output[modules[id(layer)]] for layer in layers}
+    inputs = {}
+    if config.criterion == "similarity":
+        inputs = _collect(model, layers, sites, dataloader, config)
+    generator = torch.Generator().manual_seed(config.seed)
+    plans = [_plan(model, site, inputs.get(path), config, generator) for path, site in sites.items()]
+    kept = choose_units(plans, config.keep_ratio, config.lambda_ffn)
+    _set_masks(name, config, dict(zip(sites, layers, strict=True)), sites, kept)
+    return _shares(plans, kept)
+
+
+def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:
+    waiting: dict[str, list[PruningLayer]] = {}
+    for layer in pruning_layers(model):
+        for name, config in layer.pruning_config.items():
+            if isinstance(config, PPruningConfig) and not config.finalized:
+                waiting.setdefault(name, []).append(layer)
+    names = [adapter_name] if adapter_name is not None else list(waiting)
+    if len(names) != 1 or names[0] not in waiting:
+        raise ValueError(
+            f"calibrate: adapter_name={adapter_name!r}, but the P-pruning adapters that wait for calibration are "
+            f"{list(waiting)}. " + ("Name one of them." if waiting else "Add one with get_peft_model, or it is done.")
+        )
+    return names[0], waiting[names[0]]
+
+
+def _collect(
+    model: nn.Module, layers: list[PruningLayer], sites: dict[str, Site], dataloader: Any, config: PPruningConfig
+) -> dict[str, torch.Tensor]:
+    watched = {path: (layer, site.decoder) for (path, site), layer in zip(sites.items(), layers, strict=True)}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        return collect_inputs(model, watched, dataloader, config.num_samples, config.num_tokens, config.seed)
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _plan(
+    model: nn.Module,
+    site: Site,
+    activations: Optional[torch.Tensor],
+    config: PPruningConfig,
+    generator: torch.Generator,
+) -> Plan:
+    cost = unit_macs(model, site, config.sequence_length)
+    if config.criterion == "random":
+        heights, order = least_first(torch.rand(site.units, generator=generator))
+    elif config.criterion == "magnitude":
+        heights, order = least_first(unit_norms(model, site))
+    else:
+        assert activations is not None
+        importance = activations.abs().mean(0).view(site.units, site.width).mean(1)
+        if site.kind == HEADS:
+            similarity = head_similarity(activations, site.width, config.head_similarity)
+        else:
+            similarity = column_similarity(activations)
+        heights, order = removal_order(similarity, importance, config.linkage)
+    return Plan(site, cost, heights, order)
+
+
+def unit_norms(model: nn.Module, site: Site) -> torch.Tensor:
+    """Euclidean norm of all weights of each unit: float32, shape (units,), on the CPU."""
+    matrix = linear_matrix(model.get_submodule(site.output)).detach().float()
+    squares = matrix.square().sum(0).cpu()[site.columns].sum(1)
+    for name, rows in site.rows.items():
+        matrix = linear_matrix(model.get_submodule(name)).detach().float()
+        squares = squares + matrix.square().sum(1).cpu()[rows].sum(1)
+    return squares.sqrt()
+
+
+def _set_masks(
+    name: str,
+    config: PPruningConfig,
+    layers: dict[str, PruningLayer],
+    sites: dict[str, Site],
+    kept: dict[str, torch.Tensor],
+) -> None:
+    info = {}
+    size = left = 0
+    for path, layer in layers.items():
+        site, (out_features, in_features) = sites[path], layer.shape
+        columns = torch.zeros(in_features, dtype=torch.bool)
+        columns[site.columns[kept[path]].flatten()] = True
+        mask = columns.expand(out_features, in_features).contiguous()
+        info[layer.module_name] = layer.set_mask(name, mask, (out_features, site.width))
+        size, left = size + mask.numel(), left + int(columns.sum()) * out_features
+    config.mask_info, config.mask_format, config.finalized = info, VERSION, True
+    config.sparsity = 1.0 - left / size
+
+
+def _shares(plans: list[Plan], kept: dict[str, torch.Tensor]) -> dict[str, float]:
+    total = sum(plan.cost * plan.site.units for plan in plans)
+    shares = {"flops": sum(plan.cost * len(kept[plan.site.output]) for plan in plans) / total}
+    for kind in ("heads", "neurons"):
+        of_kind = [plan.site for plan in plans if plan.site.kind == kind]
+        units = sum(site.units for site in of_kind)
+        shares[kind] = sum(len(kept[site.output]) for site in of_kind) / units if units else 1.0
+    return shares

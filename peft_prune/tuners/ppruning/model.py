@@ -1,0 +1,53 @@
+"""The P-pruning tuner: masks on the matrices that heads and neurons feed into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...structure.sites import find_sites
+from ..model import PruningModel
+
+
+class PPruningModel(PruningModel):
+    """
+    P-pruning: removes heads and neurons before fine-tuning, without labels and without training.
+
+    The mask of a removed head or neuron is on its columns of the output projection or of the second feed-forward
+    matrix; `merge_and_unload()` takes its rows out of the other matrices, too.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model to prune.
+        config ([`PPruningConfig`]): the configuration.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_prune import PPruningConfig, calibrate
+
+        >>> model = get_peft_model(base_model, PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.5))
+        >>> calibrate(model, dataloader)
+        >>> smaller = model.merge_and_unload()
+        ```
+    """
+
+    prefix = "ppruning_"
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            # below the block, so that `layers_to_transform` applies
+            peft_config.target_modules = {site.output.removeprefix(site.block + ".") for site in find_sites(self.model)}
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        outputs = {site.output for site in find_sites(model)}
+        others = [name for name in self._find_targets(peft_config, model) if name not in outputs]
+        if others:
+            raise ValueError(
+                f"target_modules: {others[0]!r} ({len(others)} such modules) is not where heads or neurons end, which "
+                f"is all that P-pruning can remove. Take it out; {sorted(outputs)[0]!r} is one that can be pruned."
+            )
+        super()._prepare_model(peft_config, model)
