@@ -14,6 +14,7 @@ from typing import Any, Optional
 from .masks.codec import MaskFormatError
 
 
+_EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
 Answer = tuple[dict[str, Any], Callable[[], None]]
 
 
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "a model of its own, with the mask applied")
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
-    sub.add_argument("--to", choices=["dense", "onnx"], default="dense", help="Transformers model, or model.onnx")
+    sub.add_argument("--to", choices=["dense", "compact", "onnx"], default="dense", help=_EXPORT_HELP)
     sub.add_argument("--output", required=True, help="folder to write")
     sub = command("card", _card, "write README.md with density table, picture and results")
     sub.add_argument("adapter", metavar="DIR")

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from ..structure.record import FIELD
 from .adapter_file import AdapterFile
 
 
@@ -64,7 +65,8 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
     Args:
         adapter ([`AdapterFile`]): the adapter.
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
-        to (`str`): `"dense"`, a Transformers model with zeros in it, or `"onnx"`.
+        to (`str`): `"dense"`, a Transformers model with zeros in it, `"compact"`, one without the heads and neurons
+            that are gone, for [`load_compact`], or `"onnx"`, the same in onnxruntime's form.
         output (`str`): folder to write.
 
     Returns:
@@ -72,28 +74,62 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
     """
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
-    model = cast(Any, load_with_base(adapter, base)).merge_and_unload(safe_merge=True).eval()
+    # an ONNX file needs no anatomy: it is made smaller if the method removes heads and neurons, and not otherwise
+    shrink = {"dense": False, "compact": True}.get(to)
+    model = cast(Any, load_with_base(adapter, base)).merge_and_unload(safe_merge=True, shrink=shrink).eval()
+    if to == "compact" and not getattr(model.config, FIELD, None):
+        raise ValueError(
+            "No head and no neuron of this model is without weights, so it cannot be made smaller. Use --to dense."
+        )
     Path(output).mkdir(parents=True, exist_ok=True)
-    if to == "dense":
-        model.save_pretrained(output)
-        return output
-    return _export_onnx(model, Path(output) / "model.onnx")
+    if to == "onnx":
+        return export_onnx(model, Path(output) / "model.onnx")
+    model.save_pretrained(output)
+    return output
 
 
-def _export_onnx(model: Any, path: Path) -> str:
-    model.config.return_dict = False
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    ids = torch.ones(2, 8, dtype=torch.long)
+class _Tensors(torch.nn.Module):
+    """A model whose outputs are a tuple of tensors, as an ONNX file has them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return tuple(value for value in outputs.values() if isinstance(value, torch.Tensor))
+
+
+def export_onnx(model: Any, path: Path) -> str:
+    """Write a model that takes `input_ids` and `attention_mask`, of any batch and length, as an ONNX file.
+
+    Args:
+        model (`PreTrainedModel`): dense or compact. Its outputs keep their names, such as `logits`.
+        path (`Path`): file to write.
+
+    Returns:
+        `str`: the path.
+    """
+    use_cache = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False
+    inputs = {name: torch.ones(2, 8, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     dynamic = {0: "batch", 1: "tokens"}
-    torch.onnx.export(
-        model,
-        (),
-        str(path),
-        kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        dynamic_axes={"input_ids": dynamic, "attention_mask": dynamic},
-        dynamo=False,
-    )
+    try:
+        with torch.no_grad():
+            names = [name for name, value in model(**inputs).items() if isinstance(value, torch.Tensor)]
+        torch.onnx.export(
+            _Tensors(model).train(model.training),
+            (),
+            str(path),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=names,
+            dynamic_axes=dict.fromkeys(inputs, dynamic),
+            dynamo=False,
+        )
+    finally:
+        if use_cache is None:
+            del model.config.use_cache
+        else:
+            model.config.use_cache = use_cache
     return str(path)

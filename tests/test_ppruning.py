@@ -1,0 +1,290 @@
+"""P-pruning through PEFT: calibrate, save, load, merge."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, inputs, make
+from conftest import make_bert, make_gpt2, make_llama, snapshot
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from test_shrink import logits
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
+
+import peft_prune
+from peft_prune import PPruningConfig, calibrate, model_size
+from peft_prune.structure.activations import TokenReservoir, collect_inputs
+from peft_prune.structure.clustering import column_similarity, head_similarity
+from peft_prune.structure.sites import HEADS, find_sites
+from peft_prune.tuners.layer import pruning_layers
+
+
+def batches(name="bert", count=4):
+    return [inputs(name, batch=4, tokens=8 + i) for i in range(count)]
+
+
+def pruned(name="bert", **fields):
+    fields = {"keep_ratio": 0.6, "num_tokens": 40, "sequence_length": 10, "lambda_ffn": 1.0} | fields
+    model = get_peft_model(make(name), PPruningConfig(**fields))
+    return model, calibrate(model, batches(name))
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_architecture(name, tmp_path):
+    model, shares = pruned(name)
+    assert shares["flops"] <= 0.6 + 1e-9 and 0.45 < shares["flops"]
+    whole = model_size(model, 10).macs
+    masked = logits(model, inputs(name))
+    with model.disable_adapter():
+        assert (logits(model, inputs(name)) - masked).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(name), tmp_path)
+    assert torch.equal(logits(again, inputs(name)), masked)
+    smaller = again.merge_and_unload()
+    torch.testing.assert_close(logits(smaller, inputs(name)), masked, atol=1e-5, rtol=1e-5)
+    assert model_size(smaller, 10).macs == pytest.approx(whole * shares["flops"])
+    assert model_size(smaller, 10).macs < 0.6 * whole + 1
+
+
+def test_the_units_that_stay_are_those_of_the_definition():
+    """Clusters cut by hand at the height that the budget needs, on activations gathered by hand."""
+    model, _ = pruned(num_tokens=10_000, num_samples=16)
+    base = make("bert")
+    sites = find_sites(base)
+    seen = {site.output: [] for site in sites}
+    hooks = [
+        base.get_submodule(site.output).register_forward_pre_hook(
+            lambda _, args, name=site.output: seen[name].append(args[0])
+        )
+        for site in sites
+    ]
+    masks = []
+    with torch.no_grad():
+        for batch in batches():
+            base(**batch)
+            masks.append(batch["attention_mask"].bool().flatten())
+    for hook in hooks:
+        hook.remove()
+    real = torch.cat(masks)
+    tokens = {name: torch.cat([x.flatten(0, 1) for x in xs])[real] for name, xs in seen.items()}
+    layers = {layer.module_name: layer for layer in pruning_layers(model)}
+    for site in sites:
+        acts = tokens[site.output]
+        similarity = head_similarity(acts, 8) if site.kind == HEADS else column_similarity(acts)
+        importance = acts.abs().mean(0).view(site.units, -1).mean(1)
+        kept = layers[site.output].get_mask("default")[0].view(site.units, -1)[:, 0]
+        removed = (~kept).nonzero().flatten().tolist()
+        assert removed or site.kind == HEADS
+        # complete linkage by definition: merge the two clusters whose farthest members are closest
+        clusters = [[i] for i in range(site.units)]
+        for _ in removed:
+            a, b = min(
+                ((a, b) for a in range(len(clusters)) for b in range(a)),
+                key=lambda p: max(1 - float(similarity[i, j]) for i in clusters[p[0]] for j in clusters[p[1]]),
+            )
+            clusters[b] += clusters.pop(a)
+        stays = sorted(max(cluster, key=lambda i: float(importance[i])) for cluster in clusters)
+        assert kept.nonzero().flatten().tolist() == stays
+
+
+def test_padding_never_counts():
+    """What stands at padded places changes nothing, neither the tokens taken nor the masks."""
+    one = [inputs("bert", batch=4) for _ in range(3)]
+    two = [{**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 77)} for batch in one]
+    masks = []
+    for data in (one, two):
+        model = get_peft_model(make("bert"), PPruningConfig(num_tokens=60))
+        calibrate(model, data)
+        masks.append([layer.get_mask("default") for layer in pruning_layers(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_pad_tokens_do_not_count_without_an_attention_mask():
+    base = make("bert")
+    site = find_sites(base)[0]
+    module = base.get_submodule(site.output)
+    ids = inputs("bert", batch=4)["input_ids"]
+    found = collect_inputs(base, {"o": (module, False)}, [{"input_ids": ids}], 4, 1000)["o"]
+    assert len(found) == int((ids != 0).sum()) < ids.numel()
+
+
+def test_same_seed_same_masks_and_labels_are_not_needed():
+    def masks(**more):
+        model = get_peft_model(make("bert"), PPruningConfig(num_tokens=20, sequence_length=10, **more))
+        calibrate(model, [batch | {"labels": torch.zeros(4).long(), "idx": torch.arange(4)} for batch in batches()])
+        return torch.cat([layer.get_mask("default").flatten() for layer in pruning_layers(model)])
+
+    assert torch.equal(masks(), masks())
+    assert not torch.equal(masks(), masks(seed=1))
+
+
+def test_the_reservoir_is_a_uniform_sample():
+    """Tokens come in batches of very different sizes; each has the same chance."""
+    hits = torch.zeros(60)
+    for seed in range(600):
+        reservoir, held = TokenReservoir(10, seed), torch.zeros(10, dtype=torch.int64)
+        start = 0
+        for size in (1, 4, 40, 15):
+            positions, slots = reservoir.offer(torch.ones(size, dtype=torch.bool))
+            held[slots] = positions + start
+            start += size
+        assert len(set(held.tolist())) == len(reservoir) == 10
+        hits[held] += 1
+    # 600 draws of 10 of 60: 100 hits each, standard deviation 9.1
+    assert hits.min() > 60 and hits.max() < 140
+
+
+def test_memory_is_bounded_by_the_tokens():
+    base = make("bert")
+    module = base.get_submodule(find_sites(base)[0].output)
+    many = ({"input_ids": torch.randint(3, 120, (8, 16))} for _ in range(50))  # a stream
+    found = collect_inputs(base, {"o": (module, False)}, many, 10_000, 30)
+    assert found["o"].shape == (30, 32)
+    assert not module._forward_pre_hooks
+
+
+def test_num_samples_ends_it_and_the_model_is_left_as_it_was():
+    model = get_peft_model(make("bert"), PPruningConfig(num_samples=8))
+    model.train()
+    before, seen = snapshot(model), []
+
+    def stream():
+        for batch in batches(count=100):
+            seen.append(1)
+            yield batch
+
+    calibrate(model, stream())
+    assert len(seen) == 2 and model.training and all(m.training for m in model.modules())
+    after = snapshot(model)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_baselines_need_no_data(criterion):
+    model = get_peft_model(make("bert"), PPruningConfig(criterion=criterion, keep_ratio=0.6, sequence_length=10))
+    assert calibrate(model)["flops"] == pytest.approx(0.6, abs=0.05)
+    if criterion == "magnitude":
+        base = make("bert")
+        norms, kept = [], []
+        for block in base.bert.encoder.layer:
+            up, down = block.intermediate.dense.weight, block.output.dense.weight
+            norms.append((up.square().sum(1) + down.square().sum(0)).sqrt())
+        for layer in pruning_layers(model)[1::2]:
+            kept.append(layer.get_mask("default")[0])
+        norms, kept = torch.cat(norms), torch.cat(kept)
+        assert norms[kept].min() >= norms[~kept].max()
+
+
+def test_the_adapter_of_bert_base_is_a_few_kilobytes(tmp_path):
+    with torch.device("meta"):
+        shape = BertForSequenceClassification(BertConfig())
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=1))  # real width, one layer of twelve
+    model = get_peft_model(model, PPruningConfig(criterion="random"))
+    calibrate(model)
+    model.save_pretrained(tmp_path)
+    stored = sum(layer.mask["default"].numel() for layer in pruning_layers(model))
+    assert stored * shape.config.num_hidden_layers < 5_000
+
+
+def test_after_inject_and_beside_lora():
+    base = make("bert")
+    inject_adapter_in_model(PPruningConfig(num_tokens=20), base)
+    assert calibrate(base, batches())["flops"] <= 0.5
+    # on top of a P-pruned model an ordinary LoRA trains the other layers
+    smaller = pruned()[0].merge_and_unload()
+    lora = get_peft_model(smaller, LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    expected = logits(lora.eval(), inputs("bert"))
+    torch.testing.assert_close(logits(lora.merge_and_unload(), inputs("bert")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_without_shrinking_keeps_the_shape_and_unmerges():
+    model, _ = pruned()
+    masked, before = logits(model, inputs("bert")), snapshot(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, inputs("bert")), masked, atol=1e-6, rtol=1e-6)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[key]) for key, value in snapshot(model).items())
+    dense = model.merge_and_unload(shrink=False)
+    assert model_size(dense, 10) == model_size(make("bert"), 10)
+
+
+def test_layers_and_kinds_can_be_chosen():
+    fields = {"keep_ratio": 0.7, "sequence_length": 10, "criterion": "random"}
+    config = PPruningConfig(layers_to_transform=[1], **fields)
+    model = get_peft_model(make("bert"), config)
+    calibrate(model)
+    assert {layer.module_name.split(".")[3] for layer in pruning_layers(model)} == {"1"}
+    model = get_peft_model(make_llama(), PPruningConfig(target_modules=["down_proj"], **fields))
+    assert calibrate(model)["heads"] == 1.0
+    assert all(layer.module_name.endswith("down_proj") for layer in pruning_layers(model))
+
+
+def test_two_tasks_on_one_backbone():
+    model = get_peft_model(make("bert"), PPruningConfig(criterion="random", keep_ratio=0.7))
+    model.add_adapter("other", PPruningConfig(criterion="random", keep_ratio=0.7, seed=1))
+    calibrate(model, adapter_name="other")
+    calibrate(model)
+    model.eval()
+    batch = inputs("bert")
+    one = logits(model, batch)
+    model.set_adapter("other")
+    two = logits(model, batch)
+    assert not torch.allclose(one, two)
+    mixed = logits(model, batch | {"adapter_names": ["default", "other"]})
+    torch.testing.assert_close(mixed, torch.stack([one[0], two[1]]), atol=1e-6, rtol=1e-5)
+    model.base_model.add_weighted_adapter(["default", "other"], adapter_name="both", combination_type="union")
+    stored = [layer.mask["both"].numel() for layer in pruning_layers(model)]
+    assert max(stored) <= 1 + 48 // 8, "a union of columns is stored by columns"
+
+
+BAD = [
+    ({"sparsity": 0.5}, "keep_ratio"),
+    ({"density": 0.5}, "keep_ratio"),
+    ({"keep_ratio": 0.0}, "keep_ratio=0.0"),
+    ({"keep_ratio": 1.5}, "keep_ratio=1.5"),
+    ({"lambda_ffn": -1}, "lambda_ffn=-1"),
+    ({"head_similarity": "cosine"}, "'assignment', 'greedy'"),
+    ({"linkage": "ward"}, "'complete', 'average', 'single'"),
+    ({"criterion": "wanda"}, "criterion='wanda'"),
+    ({"num_tokens": 0}, "num_tokens=0"),
+    ({"num_samples": 2.5}, "num_samples=2.5"),
+    ({"granularity": "2:4"}, "granularity='2:4'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[str(fields) for fields, _ in BAD])
+def test_bad_fields_are_told(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PPruningConfig(**fields)
+
+
+def test_misuse_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"'attention.self.query'|not where heads or neurons end"):
+        get_peft_model(make_bert(), PPruningConfig(target_modules=["query"]))
+    model = get_peft_model(make_bert(), PPruningConfig(task_type="SEQ_CLS"))
+    with pytest.warns(UserWarning, match="not been calibrated"):
+        logits(model, inputs("bert"))
+    for function in (model.merge_and_unload, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"not been calibrated.*calibrate\(model"):
+            function()
+    with pytest.raises(ValueError, match="needs a dataloader"):
+        calibrate(model)
+    with pytest.raises(ValueError, match="dataloader is empty"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="mappings"):
+        calibrate(model, DataLoader(torch.arange(6).view(3, 2)))
+    with pytest.raises(ValueError, match=r"takes none that is a tensor.*"):
+        calibrate(model, [{"text": ["good"]}])
+    with pytest.raises(ValueError, match="adapter_name='else'"):
+        calibrate(model, batches(), adapter_name="else")
+    with pytest.raises(ValueError, match=r"keep_ratio=0.001 cannot be reached"):
+        calibrate(get_peft_model(make_gpt2(), PPruningConfig(keep_ratio=0.001, criterion="random")))
+    calibrate(model, batches())
+    with pytest.raises(ValueError, match="it is done"):
+        calibrate(model, batches())
+    with pytest.raises(ValueError, match="final already"):
+        peft_prune.update_schedule(model, 0, 10)
+
+
+def test_a_mask_for_another_model_is_refused(tmp_path):
+    pruned()[0].save_pretrained(tmp_path)
+    with pytest.raises(peft_prune.MaskFormatError, match="another base"):
+        PeftModel.from_pretrained(make("bert", seed=1), tmp_path)
