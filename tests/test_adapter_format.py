@@ -6,14 +6,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import make_gpt2
+from peft import get_peft_model
 from test_codec import uneven_mask
 from test_save_load import final_adapter
 
+from peft_prune import PPruningConfig, calibrate
 from peft_prune.masks import entropy
 from peft_prune.tuners.layer import pruning_layers
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapter_format.md"
+
+
+def heads_and_neurons(folder):
+    model = get_peft_model(make_gpt2(), PPruningConfig(criterion="random", keep_ratio=0.7))
+    calibrate(model)
+    model.save_pretrained(folder)
+    return model
 
 
 def test_documented_reader_reads_our_files(tmp_path):
@@ -25,6 +34,7 @@ def test_documented_reader_reads_our_files(tmp_path):
         (tmp_path / "bert", final_adapter(tmp_path / "bert", at=0.7)),
         (tmp_path / "half", final_adapter(tmp_path / "half", at=0.5)),
         (tmp_path / "gpt2", final_adapter(tmp_path / "gpt2", at=0.7, make=make_gpt2)),
+        (tmp_path / "heads", heads_and_neurons(tmp_path / "heads")),
     ):
         masks = dict(names["read_masks"](folder))
         layers = pruning_layers(model)

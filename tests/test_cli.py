@@ -13,7 +13,7 @@ from test_layer import prune, randomize_scores
 from test_save_load import DAMAGE, final_adapter
 from transformers import AutoModelForSequenceClassification
 
-from peft_prune import finalize, update_schedule
+from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
 from peft_prune.cli import main
 from peft_prune.tuners.layer import pruning_layers
 
@@ -112,6 +112,27 @@ def test_export_dense(saved, capsys, batch):
     assert torch.equal(logits(exported, batch), expected)
     weights = exported.bert.encoder.layer[0].intermediate.dense.weight
     assert 0.7 < (weights == 0).float().mean() < 0.9
+
+
+def test_export_compact(tmp_path, capsys, batch):
+    make_bert().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.6, criterion="random"))
+    calibrate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model.eval(), batch)
+    answer = run(capsys, "inspect", tmp_path / "adapter", "--json")
+    assert answer["method"] == "PPRUNING" and answer["mask_bytes"] < 60
+    output = run(capsys, "export", tmp_path / "adapter", "--to", "compact", "--output", tmp_path / "small").out.strip()
+    small = load_compact(output)
+    torch.testing.assert_close(logits(small, batch), expected, atol=1e-5, rtol=1e-5)
+    assert model_size(small).parameters < model_size(base).parameters
+
+
+def test_export_compact_of_a_mask_that_leaves_no_unit_empty(saved, capsys):
+    folder, _ = saved
+    arguments = ("export", folder / "adapter", "--to", "compact", "--output", folder / "compact")
+    assert "cannot be made smaller. Use --to dense" in run(capsys, *arguments, code=2).err
 
 
 @pytest.mark.slow

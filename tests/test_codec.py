@@ -14,6 +14,7 @@ from peft_prune.masks.codec import (
     encode_mask,
     is_mask_info,
     load_mask,
+    mask_to_blocks,
     pack_mask,
     packed_size,
     unpack_mask,
@@ -99,6 +100,28 @@ def test_every_single_flipped_bit_is_noticed(mask):
             damaged[byte] ^= 1 << bit
             with pytest.raises(MaskFormatError, match="'layer' does not match its record"):
                 load_mask("layer", damaged, info, 2)
+
+
+@pytest.mark.parametrize("block", [(6, 1), (1, 8), (3, 2), (6, 8), (1, 1)])
+def test_masks_of_blocks(block):
+    grid = random_mask(6 // block[0], 8 // block[1], 0.5)
+    mask = torch.from_numpy(np.kron(grid.numpy(), np.ones(block, dtype=bool)))
+    assert torch.equal(mask_to_blocks(mask, block), grid)
+    stored = encode_mask(grid)
+    info = describe_mask(stored, mask, block)
+    assert is_mask_info(info) and info["shape"] == [6, 8] and info["kept"] == int(mask.sum())
+    assert torch.equal(load_mask("layer", stored, info, 3), mask)
+
+
+def test_blocks_that_do_not_fit_are_told():
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[0, 0] = False
+    with pytest.raises(ValueError, match="parts of blocks"):
+        mask_to_blocks(mask, (4, 1))
+    info = {"shape": [4, 6], "kept": 20, "bytes": 2, "crc32": "0" * 8}
+    assert is_mask_info(info | {"block": [4, 1]})
+    for block in ([3, 1], [4, 4], [0, 1], [-4, 1], [4], [4.0, 1], [True, 1], "41", [8, 1], [2, 3]):
+        assert not is_mask_info(info | {"block": block}), block
 
 
 def test_wrong_length_dtype_and_count_are_told():

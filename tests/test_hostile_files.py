@@ -106,6 +106,8 @@ def test_header_lengths_that_lie(tmp_path, length):
         {"weights": "zz" * 32},
         {"weights": 5},
         {"bytes": True},
+        {"block": [2**62, 1]},
+        {"block": [32, 1]},
     ],
 )
 def test_records_that_lie(tmp_path, change):

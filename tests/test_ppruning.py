@@ -206,6 +206,19 @@ def test_merge_without_shrinking_keeps_the_shape_and_unmerges():
     assert model_size(dense, 10) == model_size(make("bert"), 10)
 
 
+def test_what_is_left_can_be_trained_as_before():
+    """PEFT freezes the base model; what was frozen by the user stays so."""
+    base = make("bert")
+    base.bert.embeddings.requires_grad_(False)
+    model = get_peft_model(base, PPruningConfig(task_type="SEQ_CLS", num_tokens=40, keep_ratio=0.6))
+    calibrate(model, batches())
+    smaller = model.merge_and_unload()
+    frozen = {name for name, p in smaller.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in smaller.named_parameters() if "embeddings" in name}
+    smaller(**inputs("bert"), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None for name, p in smaller.named_parameters() if name not in frozen)
+
+
 def test_layers_and_kinds_can_be_chosen():
     fields = {"keep_ratio": 0.7, "sequence_length": 10, "criterion": "random"}
     config = PPruningConfig(layers_to_transform=[1], **fields)

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 
 from ..config import PruningConfig
-from ..masks.codec import MaskFormatError, check_stored, load_mask, stored_size
+from ..masks.codec import MaskFormatError, check_stored, load_mask, stored_shape, stored_size
 from .summary import LayerDensity, stored_densities
 
 
@@ -48,7 +48,9 @@ class AdapterFile:
     @property
     def entropy_bytes(self) -> float:
         """Bytes that independent bits of the same density per matrix take at least."""
-        return sum(row.size * binary_entropy(row.density) / 8 for row in self.rows)
+        infos = (self.config.mask_info or {}).values()
+        bits = (math.prod(stored_shape(info)) for info in infos)
+        return sum(n * binary_entropy(row.density) / 8 for n, row in zip(bits, self.rows, strict=True))
 
     def mask(self, name: str) -> torch.Tensor:
         """Mask of a module: bool, shape (out, in)."""

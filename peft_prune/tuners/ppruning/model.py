@@ -36,6 +36,20 @@ class PPruningModel(PruningModel):
 
     prefix = "ppruning_"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs["model"]
+        self._were_trainable = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As for every method, see [`PruningModel.merge_and_unload`]; and the model can be trained as before.
+
+        PEFT freezes the base model, for good. But a model is pruned by this method in order to fine-tune what is left.
+        """
+        for parameter in self._were_trainable:
+            parameter.requires_grad_(True)
+        return super().merge_and_unload(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
             # below the block, so that `layers_to_transform` applies
