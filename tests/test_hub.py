@@ -26,9 +26,11 @@ out = {"dense": logits(make_bert(), batch)}
 """
 
 PUSH = """
-from peft_prune import finalize
+from architectures import make
+from peft_prune import finalize, save_compact, shrink
 from test_layer import prune
 from test_save_load import final_adapter
+from test_shrink import zero_some
 from transformers import AutoModelForSequenceClassification
 
 first = final_adapter("first", at=0.5)
@@ -50,6 +52,12 @@ third.base_model.model.classifier.modules_to_save["default"].weight.data.add_(1.
 finalize(third)
 third.push_to_hub("user/mask2")
 out["third"] = logits(third, batch)
+
+compact = make("bert")
+zero_some(compact)
+shrink(compact).push_to_hub("user/compact")
+save_compact(compact, "compact", push_to_hub=True, repo_id="user/compact-2")
+out["compact"] = logits(compact, batch)
 
 out["name"] = api.whoami()["name"]
 out["listed"] = api.list_repo_files("user/shared")
@@ -82,6 +90,8 @@ out["main"] = load("user/mask")
 out["sub a"] = load("user/shared", subfolder="masks/a")
 out["sub b"] = load("user/shared", subfolder="masks/b")
 out["auto"] = logits(AutoPeftModelForSequenceClassification.from_pretrained("user/mask2"), batch)
+for name in ("compact", "compact-2"):
+    out[name] = logits(peft_prune.load_compact("user/" + name), batch)
 out["no repository"] = failure("user/absent")
 out["no revision"] = failure("user/mask", revision="v3")
 """
@@ -157,6 +167,11 @@ def test_auto_model_finds_base_and_mask(hub, pushed, loaded):
     assert "model.safetensors" in hub.files("user/base") and "model.safetensors" not in hub.files("user/mask2")
 
 
+def test_compact_models(hub, pushed, loaded):
+    for name in ("compact", "compact-2"):
+        torch.testing.assert_close(loaded[name], pushed["compact"], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("what", "name", "cause"),
     [
@@ -174,5 +189,5 @@ def test_server_answers_as_the_client_expects(hub, pushed, loaded):
     assert pushed["listed"] == sorted(hub.files("user/shared"))
     assert not [request for request in hub.requests if request[2] >= 500]
     stored = [path for method, path, _ in hub.requests if method == "PUT"]
-    assert len(stored) == len(hub.objects) == 4  # three masks and a base; a mask that is there is not sent again
+    assert len(stored) == len(hub.objects) == 5  # three masks, a base, a compact one; what is there is not sent again
     assert {path for method, path, _ in hub.requests if method == "GET" and path in stored} == set(stored)
