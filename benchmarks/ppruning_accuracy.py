@@ -56,7 +56,7 @@ def pairs(split: str, tokenizer) -> Dataset:
     rows = sts_b(split)
     encoded = tokenizer([a for a, _, _ in rows], [b for _, b, _ in rows], truncation=True, max_length=128)
     columns = {key: encoded[key] for key in ("input_ids", "token_type_ids", "attention_mask")}
-    columns["labels"] = [score for _, _, score in rows]
+    columns["labels"] = [(score - 2.5) / 1.5 for _, _, score in rows]  # centred, so that a new head need not learn that
     columns["length"] = [len(ids) for ids in encoded["input_ids"]]
     return Dataset.from_dict(columns)
 

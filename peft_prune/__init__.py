@@ -13,6 +13,7 @@ from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
 from .tuners.finalize import finalize
+from .tuners.movement import MovementPruningConfig, MovementPruningModel
 from .tuners.ppruning import PPruningConfig, PPruningModel, calibrate
 from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
@@ -29,6 +30,8 @@ __all__ = [
     "FeedForward",
     "MaskFormatError",
     "ModelSize",
+    "MovementPruningConfig",
+    "MovementPruningModel",
     "PPruningConfig",
     "PPruningModel",
     "PruningCallback",

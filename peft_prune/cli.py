@@ -89,6 +89,7 @@ def _inspect(args: argparse.Namespace) -> Answer:
         "sparsity": 1 - kinds[-1]["density"],  # type: ignore[operator]
         "mask_bytes": adapter.mask_bytes,
         "entropy_bytes": round(adapter.entropy_bytes),
+        "value_bytes": adapter.value_bytes,
         "other_bytes": adapter.other_bytes,
         "format": config.mask_format,
         "kinds": kinds,
@@ -104,6 +105,8 @@ def _inspect(args: argparse.Namespace) -> Answer:
             console.print(f"{key:14} {answer[key]}")
         share = adapter.mask_bytes / max(adapter.entropy_bytes, 1)
         console.print(f"masks          {adapter.mask_bytes:,} bytes, {share:.3f} of the entropy of independent bits")
+        if adapter.value_bytes:
+            console.print(f"kept values    {adapter.value_bytes:,} bytes, {config.value_dtype}")
         console.print(f"other modules  {adapter.other_bytes:,} bytes")
 
     return answer, show

@@ -67,7 +67,9 @@ class PruningConfig(PeftConfig):
         allocation_temperature (`float`, *optional*):
             For `allocation="score"`: scores are divided by it first. By default 1, and 3 for a density of 0.5 or more.
         granularity (`str`):
-            `"weight"`, or an n:m pattern such as `"2:4"`: two of every four weights along the input stay.
+            What is kept or removed as one: `"weight"`; an n:m pattern such as `"2:4"`, two of every four weights along
+            the input; a block such as `"32x32"` (out × in); `"row"` or `"column"`, an output or an input of a matrix;
+            or `"head"`, the rows or columns of an attention head.
         initial_sparsity (`float`):
             Sparsity at the beginning of training.
         sparsity_schedule (`str`):
@@ -83,7 +85,7 @@ class PruningConfig(PeftConfig):
         penalty_schedule (`str`):
             `"cubic"`, `"linear"` or `"constant"`: how λ rises over the whole of training.
         score_init (`str`):
-            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`) or `"random"`.
+            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number.
         score_lr (`float`):
             Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores unless told otherwise.
         init_weights (`bool`):
@@ -105,9 +107,20 @@ class PruningConfig(PeftConfig):
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
     """
 
-    # whether masks come from scores that are trained, and what to tell who uses an adapter before it has masks
-    learns_scores: ClassVar[bool] = True
+    # whether the adapter is trained at all, and what to tell who uses one before it has masks
+    trains: ClassVar[bool] = True
     without_mask: ClassVar[str] = ""
+    # of what is trained: an update of the weights beside the scores; gates instead of a mask; the penalty's offset
+    updates_weights: ClassVar[bool] = False
+    stores_values: ClassVar[bool] = False
+    gated: ClassVar[bool] = False
+    penalty_offset: ClassVar[float] = 0.0
+    # whether the sparsity comes out of training, instead of being given
+    finds_sparsity: ClassVar[bool] = False
+    # at least this share of each matrix stays when scores are compared with a threshold
+    min_density: ClassVar[float] = 0.0
+    value_dtype: ClassVar[str] = "float32"
+    from_existing_zeros: ClassVar[bool] = False
     # whether whole heads or neurons are removed, so that merging makes the model smaller
     structured: ClassVar[bool] = False
 
@@ -133,7 +146,9 @@ class PruningConfig(PeftConfig):
     allocation_temperature: Optional[float] = field(
         default=None, metadata={"help": "Temperature of allocation='score'; 1, or 3 from density 0.5 on."}
     )
-    granularity: str = field(default="weight", metadata={"help": "'weight' or an n:m pattern such as '2:4'."})
+    granularity: str = field(
+        default="weight", metadata={"help": "'weight', '2:4', '32x32', 'row', 'column' or 'head'."}
+    )
     initial_sparsity: float = field(default=0.0, metadata={"help": "Sparsity at the beginning of training."})
     sparsity_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
     schedule_start: float = field(default=0.0, metadata={"help": "Share of training at which sparsity begins to grow."})
@@ -141,7 +156,9 @@ class PruningConfig(PeftConfig):
     total_steps: Optional[int] = field(default=None, metadata={"help": "Optimizer steps of the training."})
     penalty: float = field(default=0.0, metadata={"help": "Final weight of the penalty on the scores."})
     penalty_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
-    score_init: str = field(default="zeros", metadata={"help": "'zeros', 'magnitude' or 'random'."})
+    score_init: Union[str, float] = field(
+        default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', or a number."}
+    )
     score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
     init_weights: bool = field(default=True, metadata={"help": "False: random scores at final sparsity, for tests."})
     verbalizer: Optional[dict[str, Any]] = field(
@@ -189,11 +206,7 @@ class PruningConfig(PeftConfig):
             if density == 0:
                 raise ValueError("density=0 would remove every weight. Use a positive density, e.g. density=0.1.")
             self.sparsity = 1.0 - density
-        pattern = parse_granularity(self.granularity)
-        if self.granularity == "column" and self.learns_scores:
-            raise ValueError(
-                "granularity='column' is for P-pruning only. Use 'weight' or an n:m pattern such as '2:4'."
-            )
+        pattern = None if self.granularity == "head" else parse_granularity(self.granularity)
         if isinstance(pattern, NMGranularity):
             reached = 1.0 - pattern.density
             if self.sparsity is not None and abs(self.sparsity - reached) > 1e-9:
@@ -222,7 +235,11 @@ class PruningConfig(PeftConfig):
 
     def _check_allocation(self) -> None:
         _check_choice("allocation", self.allocation, ALLOCATIONS)
-        if self.granularity not in ("weight", "column") and (self.allocation != "local" or self.sparsity_pattern):
+        if (
+            isinstance(self.granularity, str)
+            and ":" in self.granularity
+            and (self.allocation != "local" or self.sparsity_pattern)
+        ):
             raise ValueError(
                 f"granularity={self.granularity!r} fixes the density of every matrix, so allocation="
                 f"{self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} must stay at their defaults."
@@ -247,7 +264,8 @@ class PruningConfig(PeftConfig):
             raise ValueError(f"total_steps={self.total_steps!r} must be a positive number of optimizer steps.")
 
     def _check_training(self) -> None:
-        _check_choice("score_init", self.score_init, SCORE_INITS)
+        if isinstance(self.score_init, bool) or not isinstance(self.score_init, (int, float)):
+            _check_choice("score_init", self.score_init, SCORE_INITS)
         _check_number("penalty", self.penalty, 0.0, 1e9, "Use 0 for no penalty.")
         _check_number("score_lr", self.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
 
@@ -280,6 +298,15 @@ class PruningConfig(PeftConfig):
         """Schedule of the sparsity of a module whose final sparsity is `target`."""
         initial = min(self.initial_sparsity, target)
         return Schedule(initial, target, self.schedule_start, self.schedule_end, self.sparsity_schedule)
+
+    def score_threshold_at(self, step: int, total_steps: int) -> Optional[float]:
+        """Score above which weights are kept, `None` if a share of them is kept instead."""
+        return None
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether scores are trained."""
+        return self.trains
 
     @property
     def temperature(self) -> float:

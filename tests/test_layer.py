@@ -295,7 +295,7 @@ def test_other_adapters_in_the_way_are_told(bert):
     model = prune(make_bert())
     model.merge_adapter()
     with pytest.raises(
-        ValueError, match=r"score_init='magnitude'.*\['default'\] are merged. Call model.unmerge_adapter"
+        ValueError, match=r"starts from the weight.*\['default'\] are merged. Call model.unmerge_adapter"
     ):
         model.add_adapter("other", SMPConfig())
     lora = get_peft_model(bert, LoraConfig(target_modules=["query"]))

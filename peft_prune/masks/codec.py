@@ -10,6 +10,8 @@ import torch
 
 from . import entropy
 from .fingerprint import is_fingerprint
+from .granularity import spread
+from .values import VALUE_DTYPES, decode_values, values_size
 
 
 VERSION = 3
@@ -120,11 +122,6 @@ def mask_to_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     return whole
 
 
-def blocks_to_mask(blocks: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Inverse of [`mask_to_blocks`]."""
-    return blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-
-
 def stored_shape(info: dict[str, Any]) -> tuple[int, int]:
     """Shape of the bits that are stored: a bit for each weight, or for each block of weights."""
     (rows, columns), (height, width) = info["shape"], info.get("block", (1, 1))
@@ -153,6 +150,44 @@ def describe_mask(stored: torch.Tensor, mask: torch.Tensor, block: Optional[tupl
     }
 
 
+def describe_values(stored: torch.Tensor, dtype: str) -> dict[str, Any]:
+    """What `adapter_config.json` records of kept values: their `dtype`, the `bytes` stored and their CRC-32."""
+    data = stored.detach().cpu().numpy().tobytes()
+    return {"dtype": dtype, "bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+
+
+def check_values(name: str, stored: torch.Tensor, info: dict[str, Any]) -> None:
+    """Compare the bytes of kept values with their record.
+
+    Raises:
+        MaskFormatError: dtype, length or checksum differ.
+    """
+    if stored.dtype != torch.uint8 or stored.dim() != 1 or stored.numel() != info["bytes"]:
+        raise MaskFormatError(
+            f"The values of {name!r} should be {info['bytes']} bytes (uint8), but the file holds "
+            f"{tuple(stored.shape)} of {stored.dtype}. The adapter file is damaged, or belongs to another adapter."
+        )
+    found = f"{zlib.crc32(stored.detach().cpu().numpy().tobytes()):08x}"
+    if found != info["crc32"]:
+        raise MaskFormatError(
+            f"The values of {name!r} do not match their record in adapter_config.json (checksum {found}, expected "
+            f"{info['crc32']}). The adapter file is damaged, was never loaded, or belongs to another adapter."
+        )
+
+
+def load_values(name: str, stored: torch.Tensor, mask: torch.Tensor, info: dict[str, Any]) -> torch.Tensor:
+    """Check kept values against their record, and decode them: float32, shape (out, in), 0 where nothing is kept.
+
+    Raises:
+        MaskFormatError: they are damaged; the message names the module.
+    """
+    check_values(name, stored, info)
+    try:
+        return decode_values(stored, mask, info["dtype"])
+    except ValueError as error:
+        raise MaskFormatError(f"The values of {name!r} cannot be read: {error}.") from error
+
+
 def stored_size(info: dict[str, Any]) -> int:
     """Bytes of a stored mask according to its record."""
     return info["bytes"] if "bytes" in info else packed_size(stored_shape(info))
@@ -168,6 +203,8 @@ def is_mask_info(info: Any) -> bool:
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (rows, columns, kept, size))
         if not (whole and rows > 0 and columns > 0 and 0 <= kept <= rows * columns and isinstance(crc32, str)):
             return False
+        if "values" in info and not _is_values_info(info["values"], kept, rows):
+            return False
         height, width = info.get("block", (1, 1))
         if not (type(height) is type(width) is int and height > 0 and width > 0):
             return False
@@ -176,6 +213,11 @@ def is_mask_info(info: Any) -> bool:
         return 0 < size <= packed_size((rows // height, columns // width)) + 1
     except (TypeError, KeyError, ValueError, AttributeError):
         return False
+
+
+def _is_values_info(info: Any, kept: int, rows: int) -> bool:
+    known = info["dtype"] in VALUE_DTYPES and isinstance(info["crc32"], str) and type(info["bytes"]) is int
+    return known and info["bytes"] == values_size(kept, rows, info["dtype"])
 
 
 def check_stored(name: str, stored: torch.Tensor, info: dict[str, Any]) -> None:
@@ -210,7 +252,7 @@ def load_mask(name: str, stored: torch.Tensor, info: dict[str, Any], version: in
     except MaskFormatError as error:
         raise MaskFormatError(f"The mask of {name!r} cannot be read: {error}.") from error
     if "block" in info:
-        mask = blocks_to_mask(mask, tuple(info["block"]))
+        mask = spread(mask, tuple(info["block"]))
     if int(mask.sum()) != info["kept"]:
         raise MaskFormatError(
             f"The mask of {name!r} keeps {int(mask.sum())} weights, but adapter_config.json records {info['kept']}. "

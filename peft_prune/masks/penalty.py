@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 
-def sigmoid_penalty(scores: torch.Tensor) -> torch.Tensor:
-    """Mean of `sigmoid(S)` over one matrix (SMP, eq. 8; movement pruning, section 4): a 0-dim tensor."""
-    return torch.sigmoid(scores.float()).mean()
+def sigmoid_penalty(scores: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """Mean of `sigmoid(S - offset)` over one matrix (SMP, eq. 8; movement pruning, section 4): a 0-dim tensor."""
+    return torch.sigmoid(scores.float() - offset).mean()
 
 
-def sigmoid_penalty_grad(scores: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
-    """Gradient of `coefficient · sum(sigmoid(S))`: `coefficient · σ(S) · (1 − σ(S))`, shape and dtype of `scores`."""
-    probability = torch.sigmoid(scores)
+def sigmoid_penalty_grad(scores: torch.Tensor, coefficient: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """Gradient of `coefficient · sum(σ(S − offset))`: `coefficient · σ · (1 − σ)`, shape and dtype of `scores`."""
+    probability = torch.sigmoid(scores - offset if offset else scores)
     return probability * (1 - probability) * coefficient.to(scores.dtype)

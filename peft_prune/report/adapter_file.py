@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 
 from ..config import PruningConfig
-from ..masks.codec import MaskFormatError, check_stored, load_mask, stored_shape, stored_size
+from ..masks.codec import MaskFormatError, check_stored, check_values, load_mask, stored_shape, stored_size
 from .summary import LayerDensity, stored_densities
 
 
@@ -22,12 +22,14 @@ class AdapterFile:
         source (`str`): folder or Hub id.
         config ([`PruningConfig`]): the adapter's configuration.
         tensors (`dict[str, torch.Tensor]`): stored masks by module name, uint8.
+        values (`dict[str, torch.Tensor]`): stored kept values by module name, uint8; empty if weights are the base's.
         others (`dict[str, torch.Tensor]`): what is stored beside the masks, such as a classifier, by key.
     """
 
     source: str
     config: PruningConfig
     tensors: dict[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor]
 
     @property
@@ -44,6 +46,11 @@ class AdapterFile:
     def mask_bytes(self) -> int:
         """Bytes of all masks."""
         return sum(stored_size(info) for info in (self.config.mask_info or {}).values())
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of all kept values."""
+        return sum(tensor.numel() for tensor in self.values.values())
 
     @property
     def entropy_bytes(self) -> float:
@@ -78,16 +85,22 @@ def read_adapter(source: str) -> AdapterFile:
         raise ValueError(f"{source} holds a {config.peft_type} adapter, which is no pruning method of peft_prune.")
     if not config.finalized:
         raise ValueError(f"{source} holds a training checkpoint. Masks are final after peft_prune.finalize(model).")
-    suffix = f".{str(config.peft_type.value).lower()}_mask"  # type: ignore[union-attr]
-    stored = load_peft_weights(source, device="cpu")
-    tensors, others = {}, {}
-    for key, tensor in stored.items():
-        if key.endswith(suffix):
-            tensors[key.removeprefix("base_model.model.").removesuffix(suffix)] = tensor
-        else:
+    method = str(config.peft_type.value).lower()  # type: ignore[union-attr]
+    kinds: dict[str, dict[str, torch.Tensor]] = {f".{method}_mask": {}, f".{method}_values": {}}
+    others = {}
+    for key, tensor in load_peft_weights(source, device="cpu").items():
+        suffix = next((suffix for suffix in kinds if key.endswith(suffix)), None)
+        if suffix is None:
             others[key] = tensor
+        else:
+            kinds[suffix][key.removeprefix("base_model.model.").removesuffix(suffix)] = tensor
+    tensors, values = kinds.values()
     for name, info in (config.mask_info or {}).items():
         if name not in tensors:
             raise MaskFormatError(f"{source}: the adapter file holds no mask for {name!r}.")
         check_stored(name, tensors[name], info)
-    return AdapterFile(str(source), config, tensors, others)
+        if "values" in info:
+            if name not in values:
+                raise MaskFormatError(f"{source}: the adapter file holds no values for {name!r}.")
+            check_values(name, values[name], info["values"])
+    return AdapterFile(str(source), config, tensors, values, others)

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..tuners.layer import PruningLayer
 from ..tuners.schedule import trained_adapters
 
 
 def pruning_parameter_groups(
     model: nn.Module, lr: float, score_lr: Optional[float] = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Split the trainable parameters: scores (no weight decay), weights with decay, biases and norms without.
+    """Split the trainable parameters: scores and updates (no weight decay), other weights (decay), biases and norms.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers with trainable scores.
@@ -26,10 +27,10 @@ def pruning_parameter_groups(
         ValueError: the model has no trainable scores.
     """
     adapters = trained_adapters(model)
-    scores = {id(layer.scores[name]): layer.scores[name] for name, layers in adapters.items() for layer in layers}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scores = {key: p for key, p in scores.items() if p.requires_grad}
-    if not scores:
+    scores = _trained(adapters, "scores")
+    updates = _trained(adapters, "update")
+    if not scores and not updates:
         raise ValueError(
             "The model has no trainable scores: its masks are final, the adapter was loaded without is_trainable=True, "
             "or there is no pruning adapter."
@@ -40,13 +41,21 @@ def pruning_parameter_groups(
     # the names that Trainer exempts from weight decay
     exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], exempt))
-    others = {name: p for name, p in trainable.items() if id(p) not in scores}
+    others = {name: p for name, p in trainable.items() if id(p) not in scores and id(p) not in updates}
     groups = [
         {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
         {"params": [p for n, p in others.items() if n in decayed], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for n, p in others.items() if n not in decayed], "lr": lr, "weight_decay": 0.0},
+        # a decay of the update would draw the weights back to the base model
+        {"params": list(updates.values()), "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _trained(adapters: dict[str, list[PruningLayer]], kind: str) -> dict[int, nn.Parameter]:
+    """Trainable scores or updates of some adapters, by identity."""
+    found = (getattr(layer, kind).get(name) for name, layers in adapters.items() for layer in layers)
+    return {id(p): p for p in found if p is not None and p.requires_grad}
 
 
 def create_pruning_optimizer(

@@ -27,7 +27,7 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     """
     adapters = trained_adapters(model)
     if adapter_name is not None:
-        adapters = {adapter_name: [m for m in pruning_layers(model, adapter_name) if adapter_name in m.scores]}
+        adapters = {adapter_name: [m for m in pruning_layers(model, adapter_name) if adapter_name in m.progress]}
     if not any(adapters.values()):
         raise ValueError(
             f"finalize: no adapter with trained scores found (adapter_name={adapter_name!r}). It is final already, not "
@@ -45,9 +45,15 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
 def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
     step, total = layers[0].progress[name][:2].tolist()
     reached = sparsity(layers, name)
-    wanted = sum(layer.target_sparsity(name) * layer.shape[0] * layer.shape[1] for layer in layers)
-    wanted /= sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    if abs(reached - wanted) > 1e-3 and config.init_weights:
+    if config.finds_sparsity:
+        config.sparsity = reached
+        return
+    weights = [layer.shape[0] * layer.shape[1] for layer in layers]
+    targets = [layer.target_sparsity(name) for layer in layers]
+    wanted = sum(target * n for target, n in zip(targets, weights, strict=True)) / sum(weights)
+    # blocks and n:m patterns may not be able to reach it
+    counts = [layer.granularity[name].count(1.0 - t, layer.shape) for layer, t in zip(layers, targets, strict=True)]
+    if abs(reached - (1.0 - sum(counts) / sum(weights))) > 1e-3 and config.init_weights:
         when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
         warnings.warn(
             f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. "

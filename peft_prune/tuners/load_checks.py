@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
 from ..config import PruningConfig
-from ..masks.codec import MaskFormatError, check_stored
+from ..masks.codec import MaskFormatError, check_stored, check_values
 from ..masks.fingerprint import agrees
 from .layer import PruningLayer
 from .watch import warn_once
@@ -61,28 +61,39 @@ def check_stored_state(
     for name, layer in layers.items():
         if adapter_name not in layer._get_available_adapters():
             continue
-        final = adapter_name in layer.mask
-        kind = "mask" if final else "scores"
-        key = f"{name}.{prefix}{kind}.{adapter_name}"
-        expected |= {key, f"{name}.{prefix}progress.{adapter_name}"}
-        if key not in stored:
-            raise MaskFormatError(
-                f"The adapter file holds no {kind} for {layer.module_name!r}. "
-                + ("Masks are final in" if final else "Scores are still trained according to")
-                + " adapter_config.json: the file is damaged, or is not the one that belongs to it."
-            )
-        if final:
-            check_stored(layer.module_name, stored[key], (config.mask_info or {})[layer.module_name])
-        elif tuple(stored[key].shape) != tuple(layer.scores[adapter_name].shape):
-            raise MaskFormatError(
-                f"The scores of {layer.module_name!r} are {tuple(stored[key].shape)} in the file but "
-                f"{tuple(layer.scores[adapter_name].shape)} in this model: the adapter was made for another one."
-            )
+        for kind in ("mask", "values", "scores", "update", "progress"):
+            key = f"{name}.{prefix}{kind}.{adapter_name}"
+            holder = getattr(layer, kind)
+            if adapter_name in holder:
+                expected.add(key)
+                _check_tensor(layer, kind, holder[adapter_name], stored.get(key), config)
     extra = sorted(key for key in stored if f".{prefix}" in key and key not in expected)
     if extra:
         raise MaskFormatError(
             f"The adapter file holds {extra[0]!r} ({len(extra)} such tensors), which adapter_config.json does not "
             "know: it is not the file that belongs to it, or was altered."
+        )
+
+
+def _check_tensor(
+    layer: PruningLayer, kind: str, place: torch.Tensor, found: Optional[torch.Tensor], config: PruningConfig
+) -> None:
+    if found is None:
+        state = "Masks are final in" if config.finalized else "Scores are still trained according to"
+        raise MaskFormatError(
+            f"The adapter file holds no {kind} for {layer.module_name!r}. {state} adapter_config.json: the file is "
+            "damaged, or is not the one that belongs to it."
+        )
+    if config.finalized:
+        info = (config.mask_info or {})[layer.module_name]
+        if kind == "values":
+            check_values(layer.module_name, found, info["values"])
+        else:
+            check_stored(layer.module_name, found, info)
+    elif tuple(found.shape) != tuple(place.shape):
+        raise MaskFormatError(
+            f"The {kind} of {layer.module_name!r} are {tuple(found.shape)} in the file but {tuple(place.shape)} in "
+            "this model: the adapter was made for another one."
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch
 
+from ..masks.granularity import pool
 from ..masks.penalty import sigmoid_penalty_grad
 
 
@@ -24,15 +25,17 @@ class MaskedWeight(torch.autograd.Function):
         weight: torch.Tensor,
         mask: torch.Tensor,
         penalty: Optional[torch.Tensor],
+        block: tuple[int, int] = (1, 1),
     ) -> torch.Tensor:
         """Mask a weight.
 
         Args:
             ctx: autograd's context.
-            scores (`torch.Tensor`): floating point, shape (out, in); only receives a gradient.
+            scores (`torch.Tensor`): floating point, shape (out / rows, in / columns); only receives a gradient.
             weight (`torch.Tensor`): floating point, shape (out, in).
             mask (`torch.Tensor`): bool, shape (out, in).
             penalty (`torch.Tensor`, *optional*): 0-dim, the factor of `σ'(S)` in the gradient of the scores.
+            block (`tuple[int, int]`): rows and columns that share a score, whose gradient is their sum.
 
         Returns:
             `torch.Tensor`: the dtype of `weight`, shape (out, in).
@@ -41,7 +44,7 @@ class MaskedWeight(torch.autograd.Function):
         # Not among the saved tensors: activation checkpointing replaces those by recomputed ones, and the second
         # forward pass of a step has no penalty. Both are leaves, so nothing leaks.
         ctx.penalty = penalty if penalty is None else (scores, penalty)
-        ctx.scores_dtype = scores.dtype
+        ctx.scores_dtype, ctx.block = scores.dtype, block
         return weight * mask
 
     @staticmethod
@@ -50,9 +53,24 @@ class MaskedWeight(torch.autograd.Function):
         weight, mask = ctx.saved_tensors
         grad_scores = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_scores = (grad * weight).to(ctx.scores_dtype)
+            grad_scores = pool((grad * weight).to(ctx.scores_dtype), ctx.block)
             if ctx.penalty is not None:
                 grad_scores += sigmoid_penalty_grad(*ctx.penalty)
         if ctx.needs_input_grad[1]:
             grad_weight = grad * mask
-        return grad_scores, grad_weight, None, None
+        return grad_scores, grad_weight, None, None, None
+
+
+class Penalized(torch.autograd.Function):
+    """Scores as they are, to whose gradient that of the penalty is added."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: torch.Tensor, penalty: torch.Tensor, offset: float) -> torch.Tensor:
+        """Pass scores on; `penalty` (0-dim) is the factor of `σ'(S - offset)`."""
+        ctx.penalty = (scores, penalty, offset)
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
+        """Gradient of the scores."""
+        return grad + sigmoid_penalty_grad(*ctx.penalty), None, None

@@ -14,10 +14,11 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.codec import VERSION
-from ..masks.granularity import parse_granularity
+from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import COMBINATIONS, combine_masks
+from .heads import head_granularity
 from .layer import PruningLayer, pruning_layers
 from .linear import layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
@@ -88,9 +89,8 @@ class PruningModel(BaseTuner):
         targets = self._find_targets(config, model)
         if not targets:
             return  # PEFT raises with the details
-        granularity = parse_granularity(config.granularity)
-        for name, layer in targets.items():
-            granularity.check_shape(name, layer.shape)
+        for name, granularity in self._granularities(config, targets).items():
+            granularity.check_shape(name, targets[name].shape)
         for key in config.sparsity_pattern or {}:
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
                 raise ValueError(
@@ -103,6 +103,22 @@ class PruningModel(BaseTuner):
                 check_base_weights(config.mask_info or {}, targets)
         if config.verbalizer:
             install_verbalizer(model)
+
+    def _granularities(self, config: PruningConfig, targets: dict[str, PruningLayer]) -> dict[str, Granularity]:
+        """Granularity of each module; kept for the layers that are to be made."""
+        self._granularity: dict[str, Granularity]
+        if config.granularity == "head":
+            heads = head_granularity(self.model)
+            others = [name for name in targets if name not in heads]
+            if others:
+                raise ValueError(
+                    f"granularity='head': {others[0]!r} ({len(others)} such modules) has no rows or columns that are "
+                    f"heads. Name the projections in `target_modules`, for instance {sorted(heads)[0]!r}."
+                )
+            self._granularity = {name: heads[name] for name in targets}
+        else:
+            self._granularity = dict.fromkeys(targets, parse_granularity(config.granularity))
+        return self._granularity
 
     def _find_targets(self, config: PruningConfig, model: nn.Module) -> dict[str, PruningLayer]:
         """Every module that will be pruned, by name: the layer that is there, or one that could take its place."""
@@ -148,13 +164,13 @@ class PruningModel(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        how = {"inference_mode": peft_config.inference_mode, "granularity": self._granularity.get(current_key)}
         if self._is_own(target):
-            target = cast(PruningLayer, target)
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            cast(PruningLayer, target).update_layer(adapter_name, peft_config, **how)
             return
         layer = self._layer_for(target, current_key)
         layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        layer.update_layer(adapter_name, peft_config, **how)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -178,7 +194,7 @@ class PruningModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        if not config.finalized and not config.learns_scores:
+        if not config.finalized and not config.trains:
             raise ValueError(config.without_mask)
         if not config.finalized and not any(
             m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
@@ -305,6 +321,8 @@ class PruningModel(BaseTuner):
                 raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(self.peft_config)}.")
             if not cast(PruningConfig, self.peft_config[name]).finalized:
                 raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
+            if cast(PruningConfig, self.peft_config[name]).stores_values:
+                raise ValueError(f"adapters: {name!r} has weights of its own, which cannot be combined as masks are.")
             if pruning_layers(self, name) != pruning_layers(self, adapters[0]):
                 raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")
         return votes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
-from ..masks.granularity import parse_granularity
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
 from .layer import PruningLayer, pruning_layers
@@ -20,7 +20,7 @@ def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
     adapters: dict[str, list[PruningLayer]] = {}
     for layer in pruning_layers(model):
         for name in layer.active_adapters:
-            if name in layer.scores:
+            if name in layer.progress:
                 adapters.setdefault(name, []).append(layer)
     return adapters
 
@@ -76,7 +76,7 @@ def _update_adapter(
         layer.set_kept(name, kept, step, total)
         layer.get_mask(name)  # now, so that compiled forward passes find it
     weight = _penalty_weight(config, step, total)
-    if weight:
+    if weight and config.learns_scores:
         for layer in layers:
             layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
     return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
@@ -91,8 +91,9 @@ def penalty(model: nn.Module) -> float:
     for name, layers in trained_adapters(model).items():
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
-        if config.penalty and step >= 0:
-            mean = torch.stack([sigmoid_penalty(layer.scores[name].detach()) for layer in layers]).mean()
+        if config.penalty and step >= 0 and config.learns_scores:
+            means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in layers]
+            mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
     return total
 
@@ -104,24 +105,41 @@ def _penalty_weight(config: PruningConfig, step: int, total_steps: int) -> float
 def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
     """Number of weights that each layer keeps at a step: schedule and allocation together."""
     config = layers[0].pruning_config[name]
-    granularity = parse_granularity(config.granularity)
+    if config.from_existing_zeros:
+        return [layer.kept(name) for layer in layers]
+    threshold = config.score_threshold_at(step, total_steps)
+    if threshold is not None:
+        return [_above(layer, name, threshold, config.min_density) for layer in layers]
     densities = [
         1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
     ]
-    counts = [granularity.count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)]
+    counts = [layer.granularity[name].count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)]
     shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
     if config.allocation == "local" or not shared:
         return counts
-    scores = [layers[i].scores[name] for i in shared]
+    rankings = [layers[i].ranking(name) for i in shared]
+    areas = {math.prod(layers[i].block(name)) for i in shared}
+    if len(areas) > 1:
+        raise ValueError(
+            f"allocation={config.allocation!r} compares blocks, which here differ in size ({min(areas)} to "
+            f"{max(areas)} weights). Use allocation='local', or target matrices of one shape."
+        )
     density = densities[shared[0]]
     if config.allocation == "global":
-        allocated = allocate_globally(scores, density)
+        allocated = allocate_globally(rankings, density)
     else:
         kinds = [module_kind(layers[i].module_name) for i in shared]
-        allocated = allocate_by_score(scores, kinds, density, config.temperature)
+        allocated = allocate_by_score(rankings, kinds, density, config.temperature)
     for i, count in zip(shared, allocated, strict=True):
-        counts[i] = count
+        counts[i] = count * min(areas)
     return counts
+
+
+def _above(layer: PruningLayer, name: str, threshold: float, min_density: float) -> int:
+    """Weights whose score is above a threshold, and a least share of the matrix in any case."""
+    scores = layer.ranking(name)
+    units = max(int((scores > threshold).sum()), math.ceil(min_density * scores.numel()))
+    return units * math.prod(layer.block(name))
 
 
 def sparsity(layers: list[PruningLayer], adapter_name: str) -> float:

@@ -64,7 +64,7 @@ class PPruningConfig(PruningConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the sample of tokens."})
     granularity: str = field(default="column", metadata={"help": "Heads and neurons are columns of a matrix."})
 
-    learns_scores: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     structured: ClassVar[bool] = True
     without_mask: ClassVar[str] = (
         "This P-pruning adapter has not been calibrated, so it prunes nothing yet. Call peft_prune.calibrate(model, "

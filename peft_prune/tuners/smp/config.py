@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Union
 
 from peft.utils import PeftType
 
@@ -29,7 +30,9 @@ class SMPConfig(PruningConfig):
     """
 
     penalty: float = field(default=400.0, metadata={"help": "Final weight of the penalty on the scores."})
-    score_init: str = field(default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's) or 'random'."})
+    score_init: Union[str, float] = field(
+        default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's) or 'random'."}
+    )
 
     def __post_init__(self, density=None):
         super().__post_init__(density)

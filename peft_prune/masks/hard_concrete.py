@@ -1,0 +1,36 @@
+"""The hard concrete gate of L0 regularisation (Louizos et al. 2018; movement pruning, appendix)."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+
+
+GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
+# a gate is above 0 after training where its score is above this
+OPEN_ABOVE = math.log(-GAMMA / ZETA)
+# the probability that a gate is not 0 in training is sigmoid(S - PENALTY_OFFSET)
+PENALTY_OFFSET = BETA * math.log(-GAMMA / ZETA)
+
+
+def hard_concrete(scores: torch.Tensor, noise: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Gates between 0 and 1, differentiable in the scores.
+
+    `clamp(s·(ζ − γ) + γ, 0, 1)` with `s = sigmoid((log u − log(1 − u) + S) / β)` in training and `sigmoid(S)` after.
+
+    Args:
+        scores (`torch.Tensor`): floating point, any shape.
+        noise (`torch.Tensor`, *optional*): `u`, uniform in (0, 1), the same shape; `None` after training.
+    """
+    if noise is not None:
+        scores = (noise.log() - (-noise).log1p() + scores) / BETA
+    return (scores.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def draw_noise(shape: torch.Size, device: torch.device, seed: int) -> torch.Tensor:
+    """Uniform in (0, 1), float32: drawn on the CPU, so that every rank and device has the same."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
+    return noise.to(device)

@@ -1,0 +1,45 @@
+"""Merging masks into the base weight, and taking them out again."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Optional, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+
+
+if TYPE_CHECKING:
+    from .layer import PruningLayer
+
+
+@torch.no_grad()
+def merge(layer: PruningLayer, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
+    """Put the effective weight into the base layer; what was there is kept for a bit-exact [`unmerge`]."""
+    for name in check_adapters_to_merge(layer, adapter_names):
+        if name not in layer._get_available_adapters():
+            continue
+        weight = layer.weight.data
+        mask = layer._as_matrix(layer.get_mask(name))
+        merged = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)).to(weight.dtype))
+        if safe_merge and not bool(torch.isfinite(merged).all() and torch.isfinite(weight).all()):
+            raise ValueError(
+                f"Weights that are not finite found in {layer.module_name!r} while merging adapter {name!r}. The base "
+                "model or the adapter seems to be broken."
+            )
+        # a mask alone changes what it removes, kept values change everything
+        changed = torch.ones_like(mask) if layer.changes_weights(name) else ~mask
+        layer._stash.append((name, changed, weight[changed]))
+        weight.copy_(merged)
+        layer.merged_adapters.append(name)
+
+
+def unmerge(layer: PruningLayer) -> None:
+    """Put back what was there, last in first out."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    while layer._stash:
+        name, changed, values = layer._stash.pop()
+        cast(torch.Tensor, layer.weight.data)[changed] = values
+        layer.merged_adapters.remove(name)
