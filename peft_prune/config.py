@@ -121,8 +121,6 @@ class PruningConfig(PeftConfig):
     min_density: ClassVar[float] = 0.0
     value_dtype: ClassVar[str] = "float32"
     from_existing_zeros: ClassVar[bool] = False
-    # whether whole heads or neurons are removed, so that merging makes the model smaller
-    structured: ClassVar[bool] = False
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
     density: InitVar[Optional[float]] = None
@@ -302,6 +300,11 @@ class PruningConfig(PeftConfig):
     def score_threshold_at(self, step: int, total_steps: int) -> Optional[float]:
         """Score above which weights are kept, `None` if a share of them is kept instead."""
         return None
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole heads or neurons may go, so that merging makes the model smaller."""
+        return self.granularity in ("head", "column", "row")
 
     @property
     def learns_scores(self) -> bool:

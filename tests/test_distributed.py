@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert
+from distributed_run import CONFIGS
 from peft import PeftModel
+from test_movement import sparse_base
+from torch import nn
 
 from peft_prune.tuners.layer import pruning_layers
 
@@ -35,17 +38,22 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("allocation", ["local", "score", "global"])
-def test_masks_agree_on_both_ranks_and_with_one_process(runs, allocation):
-    ranks = [torch.load(runs / f"{allocation}-{rank}-of-2.pt") for rank in (0, 1)]
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_masks_agree_on_both_ranks_and_with_one_process(runs, name):
+    ranks = [torch.load(runs / f"{name}-{rank}-of-2.pt") for rank in (0, 1)]
     assert all(r["world"] == 2 and len(r["masks"]) == 6 for r in ranks)
     for one, two in zip(ranks[0]["masks"], ranks[1]["masks"], strict=True):
         assert torch.equal(one, two)
-    alone = torch.load(runs / f"{allocation}-0-of-1.pt")
+    alone = torch.load(runs / f"{name}-0-of-1.pt")
     assert alone["world"] == 1
     for together, single in zip(ranks[0]["masks"], alone["masks"], strict=True):
         assert (together == single).float().mean() > 0.99
 
-    loaded = PeftModel.from_pretrained(make_bert(), runs / f"{allocation}-adapter-of-2")
+    base = sparse_base() if name == "zeros" else make_bert()
+    loaded = PeftModel.from_pretrained(base, runs / f"{name}-adapter-of-2")
     masks = torch.cat([layer.get_mask("default").reshape(-1) for layer in pruning_layers(loaded)])
     assert torch.equal(masks, ranks[0]["masks"][-1])
+    merged = loaded.merge_and_unload()
+    if name == "zeros":  # the base's zeros are there, and are all there are
+        weights = [(m.weight == 0).flatten() for m in merged.bert.encoder.layer.modules() if isinstance(m, nn.Linear)]
+        assert torch.equal(torch.cat(weights), ~masks)

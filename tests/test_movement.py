@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from conftest import logits, make_bert, make_gpt2, snapshot
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_training import Record, arguments, data
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_prune import (
     MaskFormatError,
     MovementPruningConfig,
+    PruningCallback,
+    PruningTrainer,
     SMPConfig,
     create_pruning_optimizer,
     finalize,
@@ -406,3 +409,43 @@ def test_value_codec():
         decode_values(bad.view(torch.uint8), mask, "float32")
     empty = torch.zeros_like(mask)
     assert bool((decode_values(encode_values(matrix, empty, "int8"), empty, "int8") == 0).all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trainer_trains_resumes_and_finalizes(variant, tmp_path):
+    """A run resumed half way ends like one that was not stopped; distilled, with gradient accumulation."""
+
+    def run(folder, resume=None):
+        torch.manual_seed(0)
+        fields = {"sparsity": 0.8} if variant in ("hard", "magnitude") else {}
+        model = get_peft_model(make_bert(), MovementPruningConfig(variant=variant, task_type="SEQ_CLS", **fields))
+        record = Record()
+        args = arguments(folder, save_strategy="steps", save_steps=4, gradient_accumulation_steps=2, max_steps=8)
+        trainer = PruningTrainer(
+            model=model, args=args, train_dataset=data(), teacher=make_bert(seed=1),
+            callbacks=[PruningCallback(), record],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model, record, trainer
+
+    whole, whole_record, trainer = run(tmp_path / "whole")
+    resumed, resumed_record, _ = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
+    for (_, one), (_, two) in zip(whole_record.steps[4:], resumed_record.steps, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = whole.state_dict(), resumed.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert whole.peft_config["default"].finalized and all(layer.values for layer in pruning_layers(whole))
+    assert any("sparsity" in entry for entry in trainer.state.log_history)
+    if variant in ("hard", "magnitude"):
+        assert trainer.state.log_history[-2]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_each_kind_of_parameter_has_its_learning_rate():
+    model = get_peft_model(make_bert(), MovementPruningConfig(task_type="SEQ_CLS"))
+    optimizer = create_pruning_optimizer(model, lr=3e-5, weight_decay=0.1)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = name.endswith("classifier.modules_to_save.default.weight")
+            expected = (1e-2, 0.0) if "movement_scores" in name else (3e-5, 0.1 if decayed else 0.0)
+            assert rates[id(parameter)] == expected, name

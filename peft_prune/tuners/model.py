@@ -79,7 +79,10 @@ class PruningModel(BaseTuner):
     # -------------------------------------------------------------- preparation
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and peft_config.granularity == "head":
+            matches = [_IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
+            peft_config.target_modules = {match["suffix"] for match in matches if match}
+        elif peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
         return peft_config
 
@@ -240,10 +243,19 @@ class PruningModel(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         if shrink is None:
             shrink = any(cast(PruningConfig, self.peft_config[name]).structured for name in names)
+            shrink = shrink and self._has_anatomy()
         if shrink:
             find_sites(self.model)  # tells an unknown architecture before anything is merged
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return shrink_model(model) if shrink else model
+
+    def _has_anatomy(self) -> bool:
+        try:
+            find_sites(self.model)
+        except ValueError as error:
+            warn_once("anatomy", f"The merged model keeps its zeros and is not made smaller. {error}")
+            return False
+        return True
 
     # ------------------------------------------------------------- refusals
 

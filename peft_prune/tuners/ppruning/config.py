@@ -65,7 +65,6 @@ class PPruningConfig(PruningConfig):
     granularity: str = field(default="column", metadata={"help": "Heads and neurons are columns of a matrix."})
 
     trains: ClassVar[bool] = False
-    structured: ClassVar[bool] = True
     without_mask: ClassVar[str] = (
         "This P-pruning adapter has not been calibrated, so it prunes nothing yet. Call peft_prune.calibrate(model, "
         "dataloader) first."
