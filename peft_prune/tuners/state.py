@@ -1,0 +1,223 @@
+"""What a pruning layer holds of each adapter, and the mask that follows from it."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..config import PruningConfig
+from ..masks.codec import load_mask, stored_size
+from ..masks.granularity import Granularity, parse_granularity, pool, spread
+from ..masks.importance import initial_scores
+from .watch import ScheduleWatch
+
+
+class AdapterState(nn.Module, BaseTunerLayer):
+    """State of a layer that replaces a target module.
+
+    Of each adapter a layer holds, while it is trained, `progress` (int64: optimizer step, total steps, number of
+    weights kept), and as the method has them `scores` (float, one for each block of weights) and `update` (float, shape
+    (out, in): what is added to the weight); or, once final, `mask` (uint8, entropy coded) and `values` (uint8, the kept
+    values, if the method changes them). All are named with the method's prefix, `smp_scores` and so on, as PEFT and
+    Transformers want it. Everything is (out, in) whatever the layout of the base weight.
+
+    Args:
+        base_layer (`nn.Module`): the module to prune.
+        prefix (`str`): the method's prefix, such as `"smp_"`.
+        module_name (`str`): name of the module in the base model.
+    """
+
+    def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.prefix = prefix
+        self.module_name = module_name
+        self.adapter_layer_names = (prefix + "scores", prefix + "update")
+        stored = (prefix + "mask", prefix + "values", prefix + "progress")
+        self.other_param_names = (*stored, "pruning_config", "granularity", "penalty_grad", "_masks", "_values")
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in stored:
+            setattr(self, name, BufferDict(persistent=True))
+        # 0-dim factor of σ'(S); armed for one backward pass each optimizer step
+        self.penalty_grad = BufferDict(persistent=False)
+        self.penalty_armed: set[str] = set()
+        self.pruning_config: dict[str, PruningConfig] = {}
+        self.granularity: dict[str, Granularity] = {}
+        # per adapter: what the mask was computed from, the versions of that, the mask
+        self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
+        self._values: dict[str, torch.Tensor] = {}
+        self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._watch = ScheduleWatch()
+        # True while a callback advances the schedule and finalizes at the end
+        self.schedule_is_managed = False
+
+    @property
+    def scores(self) -> nn.ParameterDict:
+        """Scores by adapter name: float, shape (out / rows, in / columns) of the blocks that share one."""
+        return getattr(self, self.prefix + "scores")
+
+    @property
+    def update(self) -> nn.ParameterDict:
+        """What is added to the weight, by adapter name: float, shape (out, in)."""
+        return getattr(self, self.prefix + "update")
+
+    @property
+    def values(self) -> BufferDict:
+        """Kept values by adapter name in their stored form: uint8, one dimension."""
+        return getattr(self, self.prefix + "values")
+
+    @property
+    def mask(self) -> BufferDict:
+        """Final masks by adapter name in their stored form: uint8, one dimension."""
+        return getattr(self, self.prefix + "mask")
+
+    @property
+    def progress(self) -> BufferDict:
+        """Step (-1 before the first update), total steps, weights kept, by adapter name: int64, shape (3,)."""
+        return getattr(self, self.prefix + "progress")
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The base weight as (out, in)."""
+        return self._as_matrix(self.weight)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the pruned matrix."""
+        out_features, in_features = self.matrix.shape
+        return int(out_features), int(in_features)
+
+    def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View a tensor of the base weight's layout as (out, in), or back."""
+        return tensor
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.pruning_config)
+
+    # ------------------------------------------------------------------ set-up
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: PruningConfig,
+        inference_mode: bool = False,
+        granularity: Optional[Granularity] = None,
+    ) -> None:
+        """Add an adapter: what is trained, or room for the final mask when the config says that it is final."""
+        self.pruning_config[adapter_name] = config
+        self.granularity[adapter_name] = granularity or parse_granularity(config.granularity)
+        if config.finalized:
+            info = (config.mask_info or {})[self.module_name]
+            self.mask[adapter_name] = self._bytes(stored_size(info))
+            if "values" in info:
+                self.values[adapter_name] = self._bytes(info["values"]["bytes"])
+        elif config.trains:
+            self._add_trained(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _bytes(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=self.weight.device)
+
+    def _add_trained(self, name: str, config: PruningConfig) -> None:
+        matrix = self.matrix
+        kind = config.score_init if config.init_weights else "random"
+        if self.merged and (kind == "magnitude" or config.updates_weights):
+            raise ValueError(
+                f"Adapter {name!r} starts from the weight of {self.module_name!r}, into which {self.merged_adapters} "
+                "are merged. Call model.unmerge_adapter() first."
+            )
+        if config.learns_scores:
+            self.scores[name] = nn.Parameter(initial_scores(matrix, kind, self.block(name)))
+        if config.updates_weights:
+            self.update[name] = nn.Parameter(torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device))
+        if config.from_existing_zeros:
+            kept = int((matrix != 0).sum())
+        else:
+            sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(name)
+            kept = self.granularity[name].count(1.0 - sparsity, self.shape)
+        self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=matrix.device)
+        self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=matrix.device)
+
+    def block(self, adapter_name: str) -> tuple[int, int]:
+        """Rows and columns of the blocks that are kept or removed as one."""
+        return self.granularity[adapter_name].block(self.shape)
+
+    def own_sparsity(self, adapter_name: str) -> Optional[float]:
+        """What `sparsity_pattern` says of this module, `None` if nothing."""
+        pattern = self.pruning_config[adapter_name].sparsity_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), self.module_name))
+
+    def target_sparsity(self, adapter_name: str) -> float:
+        """Final sparsity of this module: its own if it has one, otherwise the config's."""
+        own = self.own_sparsity(adapter_name)
+        sparsity = own if own is not None else self.pruning_config[adapter_name].sparsity
+        assert sparsity is not None  # resolved by the config
+        return sparsity
+
+    # ------------------------------------------------------------------- masks
+
+    def kept(self, adapter_name: str) -> int:
+        """Number of weights that the adapter keeps at present."""
+        if adapter_name in self.mask:
+            return int(self.pruning_config[adapter_name].mask_info[self.module_name]["kept"])  # type: ignore[index]
+        if adapter_name not in self.progress:  # not calibrated yet
+            return self.shape[0] * self.shape[1]
+        return int(self.progress[adapter_name][2])
+
+    def set_kept(self, adapter_name: str, kept: int, step: int, total_steps: int) -> None:
+        """Set how many weights the adapter keeps from here on."""
+        self.progress[adapter_name].copy_(torch.tensor([step, total_steps, kept]))
+
+    def get_mask(self, adapter_name: str) -> torch.Tensor:
+        """Mask in force: bool, shape (out, in). Computed anew only when scores, progress or the stored mask changed."""
+        if torch.compiler.is_compiling() and adapter_name in self._masks:
+            # `update_schedule` has computed it: nothing here to trace, and tensor versions cannot be
+            return self._masks[adapter_name][2]
+        return self._current_mask(adapter_name)
+
+    def ranking(self, adapter_name: str) -> torch.Tensor:
+        """What decides which blocks stay, the largest first: float, shape (out / rows, in / columns)."""
+        if adapter_name in self.scores:
+            return self.scores[adapter_name]
+        magnitude = self._updated(adapter_name, self.matrix).detach().abs()
+        return pool(magnitude, self.block(adapter_name))
+
+    @torch.compiler.disable
+    def _current_mask(self, adapter_name: str) -> torch.Tensor:
+        holders = (self.mask,) if adapter_name in self.mask else (self.scores, self.update, self.progress)
+        sources = tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
+        if not sources:
+            raise ValueError(self.pruning_config[adapter_name].without_mask)
+        versions = [t._version for t in sources]
+        cached = self._masks.get(adapter_name)
+        if cached is not None and cached[1] == versions:
+            # held by the cache, so an identity cannot be somebody else's
+            if all(old is new for old, new in zip(cached[0], sources, strict=True)):
+                return cached[2]
+        mask = self._compute_mask(adapter_name)
+        self._masks[adapter_name] = (sources, versions, mask)
+        return mask
+
+    def _compute_mask(self, adapter_name: str) -> torch.Tensor:
+        config = self.pruning_config[adapter_name]
+        if adapter_name in self.mask:
+            info = (config.mask_info or {})[self.module_name]
+            return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
+        if config.from_existing_zeros:
+            return self.matrix != 0
+        block = self.block(adapter_name)
+        kept = self.kept(adapter_name) // (block[0] * block[1])
+        return spread(self.granularity[adapter_name].units(self.ranking(adapter_name), kept), block)
+
+    def _updated(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """The matrix with the adapter's update, in the dtype of the matrix."""
+        return (matrix + self.update[name]).to(matrix.dtype) if name in self.update else matrix
