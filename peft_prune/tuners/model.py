@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from contextlib import nullcontext
 from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config import PruningConfig
-from ..masks.codec import VERSION
 from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
-from .combine import COMBINATIONS, combine_masks
+from .combine import add_combined_adapter
 from .heads import head_granularity
-from .layer import PruningLayer, pruning_layers
+from .layer import PruningLayer
 from .linear import layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
@@ -294,47 +292,4 @@ class PruningModel(BaseTuner):
         Raises:
             ValueError: an argument is unknown or does not fit; the message says which.
         """
-        votes = self._check_combination(adapters, weights, adapter_name, combination_type)
-        config = cast(PruningConfig, copy.deepcopy(self.peft_config[adapters[0]]))
-        info, stored = {}, {}
-        for layer in pruning_layers(self, adapters[0]):
-            mask = combine_masks([layer.get_mask(name) for name in adapters], combination_type, votes)
-            blocks = {str(i): i for i in (layer.mask_block(name) for name in adapters)}
-            block = next(iter(blocks.values())) if len(blocks) == 1 else None
-            info[layer.module_name], stored[layer.module_name] = layer.stored_form(mask, block)
-        config.mask_info, config.mask_format = info, VERSION
-        size = sum(entry["shape"][0] * entry["shape"][1] for entry in info.values())
-        config.sparsity = 1.0 - sum(entry["kept"] for entry in info.values()) / size
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        for layer in pruning_layers(self, adapter_name):
-            layer.mask[adapter_name].copy_(stored[layer.module_name])
-        for module in self.modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
-                source = module.modules_to_save[adapters[0]].state_dict()
-                module.modules_to_save[adapter_name].load_state_dict(source)
-
-    def _check_combination(
-        self, adapters: list[str], weights: Optional[list[float]], adapter_name: str, combination_type: str
-    ) -> list[float]:
-        if combination_type not in COMBINATIONS:
-            raise ValueError(
-                f"combination_type={combination_type!r} is unknown. Use one of {', '.join(map(repr, COMBINATIONS))}."
-            )
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} exists already. Choose another name.")
-        if len(adapters) < 2:
-            raise ValueError(f"adapters={adapters!r}: give two at least.")
-        votes = [1.0] * len(adapters) if weights is None else weights
-        if len(votes) != len(adapters) or min(votes) < 0:
-            raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative.")
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(self.peft_config)}.")
-            if not cast(PruningConfig, self.peft_config[name]).finalized:
-                raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
-            if cast(PruningConfig, self.peft_config[name]).stores_values:
-                raise ValueError(f"adapters: {name!r} has weights of its own, which cannot be combined as masks are.")
-            if pruning_layers(self, name) != pruning_layers(self, adapters[0]):
-                raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")
-        return votes
+        add_combined_adapter(self, adapters, weights, adapter_name, combination_type)
