@@ -9,12 +9,12 @@ import tracemalloc
 import pytest
 import torch
 from conftest import logits, make_bert
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_save_load import final_adapter
 
-from peft_prune import MaskFormatError
+from peft_prune import MaskFormatError, MovementPruningConfig, finalize, update_schedule
 from peft_prune.report.adapter_file import read_adapter
 
 
@@ -148,6 +148,76 @@ def test_bits_for_a_record_that_was_forged_too(tmp_path, batch):
         assert int(read_adapter(tmp_path).mask(name).sum()) == config["mask_info"][name]["kept"]
     except MaskFormatError as error:
         assert name in str(error)
+
+
+def movement_adapter(folder, **fields):
+    torch.manual_seed(0)
+    model = get_peft_model(make_bert(), MovementPruningConfig(sparsity=0.8, **fields))
+    update_schedule(model, 10, 10)
+    finalize(model)
+    model.save_pretrained(folder)
+
+
+def change_values(change):
+    def damage(tensors):
+        keys = [key for key in tensors if key.endswith("_values")]
+        change(tensors, *keys[:2])
+
+    return damage
+
+
+VALUES = {
+    "one bit flipped": (lambda t, a, b: t[a].__setitem__(5, t[a][5] ^ 4), "values of .*checksum"),
+    "one byte short": (lambda t, a, b: t.update({a: t[a][:-1].clone()}), "values of .* should be"),
+    "wrong dtype": (lambda t, a, b: t.update({a: t[a].float()}), "values of .*float32"),
+    "swapped": (lambda t, a, b: t.update({a: t[b].clone(), b: t[a].clone()}), "values of .*checksum"),
+    "missing": (lambda t, a, b: t.pop(a), "holds no values"),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_damaged_values(tmp_path, kind):
+    movement_adapter(tmp_path, value_dtype="int8")
+    change, message = VALUES[kind]
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change_values(change)(tensors)
+    save_file(tensors, path)
+    refused(tmp_path, MaskFormatError, message)
+    with pytest.raises(MaskFormatError, match=message):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "int4"}, {"dtype": "float32"}, {"dtype": []}, {"bytes": 2**62}, {"bytes": True}, {"crc32": 1}, "int8"],
+)
+def test_records_of_values_that_lie(tmp_path, change):
+    movement_adapter(tmp_path, value_dtype="int8")
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    entry = next(iter(config["mask_info"].values()))
+    entry["values"] = change if isinstance(change, str) else entry["values"] | change
+    path.write_text(json.dumps(config))
+    refused(tmp_path, ValueError)
+
+
+def test_forged_scales_that_are_not_finite(tmp_path, batch):
+    """Whoever forges values and checksum together gets an error for NaN, not a model of NaN."""
+    import zlib
+
+    movement_adapter(tmp_path, value_dtype="int8")
+    path, config_path = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(path), json.loads(config_path.read_text())
+    key = next(key for key in tensors if key.endswith("_values"))
+    tensors[key][:4] = torch.tensor([0, 0, 192, 127], dtype=torch.uint8)  # a NaN of float32
+    name = key.removeprefix("base_model.model.").removesuffix(".movement_values")
+    config["mask_info"][name]["values"]["crc32"] = f"{zlib.crc32(tensors[key].numpy().tobytes()):08x}"
+    save_file(tensors, path)
+    config_path.write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(make_bert(), tmp_path)
+    with pytest.raises(MaskFormatError, match="not finite"):
+        logits(loaded, batch)
 
 
 @pytest.mark.slow
