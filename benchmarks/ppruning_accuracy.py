@@ -21,13 +21,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import numpy as np
 import torch
-from datasets import Dataset
-from offline_data import minilm_path, movie_sentences, sts_b
+from offline_data import minilm_path
 from peft import get_peft_model
-from scipy.stats import pearsonr, spearmanr
-from text_classification import load_classifier, tokenize, train
+from tasks import load_task
+from text_classification import train
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
@@ -52,32 +50,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pairs(split: str, tokenizer) -> Dataset:
-    rows = sts_b(split)
-    encoded = tokenizer([a for a, _, _ in rows], [b for _, b, _ in rows], truncation=True, max_length=128)
-    columns = {key: encoded[key] for key in ("input_ids", "token_type_ids", "attention_mask")}
-    columns["labels"] = [(score - 2.5) / 1.5 for _, _, score in rows]  # centred, so that a new head need not learn that
-    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
-    return Dataset.from_dict(columns)
-
-
-def correlation(predictions) -> dict[str, float]:
-    scores = np.asarray(predictions.predictions).reshape(-1)
-    return {
-        "pearson": 100 * float(pearsonr(scores, predictions.label_ids)[0]),
-        "spearman": 100 * float(spearmanr(scores, predictions.label_ids)[0]),
-    }
-
-
 def run(args: argparse.Namespace) -> dict:
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
-    if args.task == "movies":
-        train_set, eval_set = (tokenize(part, tokenizer) for part in movie_sentences())
-        model, metrics = load_classifier(minilm_path()), {}
-    else:
-        train_set, eval_set = pairs("train", tokenizer), pairs("dev", tokenizer)
-        model, metrics = load_classifier(minilm_path(), num_labels=1), {"compute_metrics": correlation}
+    train_set, eval_set, model, metrics = load_task(args.task, tokenizer)
     start, shares = time.process_time(), {"flops": 1.0, "heads": 1.0, "neurons": 1.0}
     seconds = 0.0
     if args.criterion != "dense":
@@ -98,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trainer = train(
             model, tokenizer, train_set, eval_set, lr=args.lr, steps=args.steps, output_dir=folder, seed=args.seed,
-            use_cpu=True, quiet=True, **metrics,
+            use_cpu=True, quiet=True, compute_metrics=metrics,
         )  # fmt: skip
         scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     settings = {k: v for k, v in vars(args).items() if k not in ("results", "table")}

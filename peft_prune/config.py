@@ -194,6 +194,15 @@ class PruningConfig(PeftConfig):
                     f"({self.target_modules!r}). Put the layers into the regular expression, or give a list."
                 )
 
+    def _refuse_sparsity(self, density: Optional[float], why: str) -> None:
+        """For methods that find the sparsity: 0 until it is known, and never given."""
+        asked = density is not None and not isinstance(density, _Derived)
+        if not self.finalized and (asked or self.sparsity not in (None, 0.0)):
+            given = f"density={density!r}" if asked else f"sparsity={self.sparsity!r}"
+            raise ValueError(f"{given} cannot be asked for here: {why}")
+        if self.sparsity is None:
+            self.sparsity = 0.0
+
     def _resolve_sparsity(self, density: Optional[float]) -> None:
         if isinstance(density, _Derived) and self.sparsity is not None:
             density = None  # dataclasses.replace hands on what it read

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -449,3 +450,17 @@ def test_each_kind_of_parameter_has_its_learning_rate():
             decayed = name.endswith("classifier.modules_to_save.default.weight")
             expected = (1e-2, 0.0) if "movement_scores" in name else (3e-5, 0.1 if decayed else 0.0)
             assert rates[id(parameter)] == expected, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_configs_survive_files_and_replace(variant, tmp_path):
+    config = MovementPruningConfig(variant=variant, task_type="SEQ_CLS")
+    assert replace(config, seed=1).seed == 1
+    model = train(get_peft_model(make_bert(), config), steps=3)
+    with pytest.warns(UserWarning, match="saved with its scores"):
+        model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_bert(), tmp_path, is_trainable=True)
+    one, two = pruning_layers(model)[0], pruning_layers(again)[0]
+    assert torch.equal(one.update["default"], two.update["default"])
+    assert torch.equal(one.get_mask("default"), two.get_mask("default"))
+    train(again)

@@ -1,5 +1,7 @@
 """P-pruning through PEFT: calibrate, save, load, merge."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, inputs, make
@@ -246,6 +248,10 @@ def test_two_tasks_on_one_backbone():
     model.base_model.add_weighted_adapter(["default", "other"], adapter_name="both", combination_type="union")
     stored = [layer.mask["both"].numel() for layer in pruning_layers(model)]
     assert max(stored) <= 1 + 48 // 8, "a union of columns is stored by columns"
+
+
+def test_config_survives_replace():
+    assert replace(PPruningConfig(keep_ratio=0.3), seed=2).keep_ratio == 0.3
 
 
 BAD = [

@@ -104,10 +104,9 @@ class MovementPruningConfig(PruningConfig):
                 f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
                 f"{self.mask!r}, from_existing_zeros={self.from_existing_zeros!r}. Use update='full'."
             )
-        if self.finds_sparsity and not self.finalized and (self.sparsity is not None or density is not None):
-            given = f"sparsity={self.sparsity!r}" if self.sparsity is not None else f"density={density!r}"
+        if self.finds_sparsity:
             what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
-            raise ValueError(f"{given} cannot be asked for here: {what} how much is removed. Leave it out.")
+            self._refuse_sparsity(density, f"{what} how much is removed. Leave it out.")
         if self.mask != "topk" and (self.allocation != "local" or self.sparsity_pattern or ":" in self.granularity):
             raise ValueError(
                 f"mask={self.mask!r} lets scores decide by themselves how much each matrix keeps, so allocation="

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from peft.utils import PeftType
 
-from ...config import DEFAULT_SPARSITY, PruningConfig, _check_choice, _check_number
+from ...config import PruningConfig, _check_choice, _check_number
 from ...structure.clustering import LINKAGES, MATCHINGS
 
 
@@ -71,14 +71,10 @@ class PPruningConfig(PruningConfig):
     )
 
     def __post_init__(self, density=None):
-        if not self.finalized and (density is not None or self.sparsity is not None):
-            given = f"sparsity={self.sparsity!r}" if self.sparsity is not None else f"density={density!r}"
-            raise ValueError(
-                f"{given} is not how P-pruning is told how much to remove. Give keep_ratio, the share of the FLOPs "
-                "that stays, for instance keep_ratio=0.5."
-            )
-        if not self.finalized:
-            self.sparsity = DEFAULT_SPARSITY  # known after calibration
+        self._refuse_sparsity(
+            density,
+            "P-pruning is told the share of the FLOPs that stays, for instance keep_ratio=0.5, and finds the sparsity.",
+        )
         super().__post_init__(density)
         self.peft_type = PeftType("PPRUNING")
         if self.granularity != "column":
