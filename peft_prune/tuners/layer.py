@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from abc import abstractmethod
 from typing import Any, Optional
 
 import torch
@@ -135,10 +134,6 @@ class PruningLayer(StoredForm):
             return self.base_layer(x, *args, **kwargs)
         self._check_weight()
         return self._apply_weight(x, self.effective_weight(self.weight))
-
-    @abstractmethod
-    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What the base layer computes of its input, with another weight in its own layout."""
 
     # ------------------------------------------------------------------- merge
 

@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 
 
 if TYPE_CHECKING:
-    from .layer import PruningLayer
+    from .stored_form import StoredForm
 
 
 @torch.no_grad()
-def merge(layer: PruningLayer, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
+def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
     """Put the effective weight into the base layer; what was there is kept for a bit-exact [`unmerge`]."""
     for name in check_adapters_to_merge(layer, adapter_names):
         if name not in layer._get_available_adapters():
@@ -34,7 +34,7 @@ def merge(layer: PruningLayer, safe_merge: bool, adapter_names: Optional[list[st
         layer.merged_adapters.append(name)
 
 
-def unmerge(layer: PruningLayer) -> None:
+def unmerge(layer: StoredForm) -> None:
     """Put back what was there, last in first out."""
     if not layer.merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)

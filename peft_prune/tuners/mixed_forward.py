@@ -8,10 +8,10 @@ import torch
 
 
 if TYPE_CHECKING:
-    from .layer import PruningLayer
+    from .stored_form import StoredForm
 
 
-def mixed_batch_forward(layer: PruningLayer, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+def mixed_batch_forward(layer: StoredForm, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
     """Apply a layer to a batch whose sample i goes through adapter `adapter_names[i]`.
 
     Raises:

@@ -20,6 +20,10 @@ class StoredForm(AdapterState):
     def adapted(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) in inference, and when it is merged."""
 
+    @abstractmethod
+    def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What the base layer computes of its input, with another weight in its own layout."""
+
     def mask_block(self, adapter_name: str) -> Optional[tuple[int, int]]:
         """Rows and columns of the blocks that the final mask is stored in, `None` for single weights."""
         info = (self.pruning_config[adapter_name].mask_info or {})[self.module_name]
