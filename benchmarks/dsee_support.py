@@ -2,8 +2,8 @@
 
     python benchmarks/dsee_support.py
 
-24 matrices of BERT-base's shape with random weights, and the 12 of MiniLM as they are: CPU seconds on one thread, and the
-share of the 64 places of a matrix that two seeds agree on.
+24 matrices of BERT-base's shape with random weights, and the 12 of MiniLM as they are: CPU seconds on one thread, and
+the share of the 64 places of a matrix that two seeds agree on.
 """
 
 from __future__ import annotations

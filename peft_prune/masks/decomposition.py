@@ -1,8 +1,8 @@
 """Low-rank plus sparse: the places of a matrix that no matrix of low rank explains (DSEE, Chen et al. 2023).
 
 Bilateral smoothing (GreBsmo, Zhou & Tao 2013) with rank and number of places bounded, as in GoDec by the same authors.
-The greedy rise of the rank is replaced by directions carried along beyond the rank: they make the subspace converge, and
-it has converged before places are first chosen, so that two seeds choose the same ones.
+The greedy rise of the rank is replaced by directions carried along beyond the rank: they make the subspace converge,
+before places are first chosen, so that two seeds choose the same ones.
 """
 
 from __future__ import annotations
