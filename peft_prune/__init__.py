@@ -12,7 +12,9 @@ from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
+from .tuners.dsee import DSEEConfig, DSEEModel, prune_once
 from .tuners.finalize import finalize
+from .tuners.keep_zeros import merge_keeping_zeros
 from .tuners.movement import MovementPruningConfig, MovementPruningModel
 from .tuners.ppruning import PPruningConfig, PPruningModel, calibrate
 from .tuners.schedule import penalty, update_schedule
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Attention",
     "Block",
+    "DSEEConfig",
+    "DSEEModel",
     "FeedForward",
     "MaskFormatError",
     "ModelSize",
@@ -45,8 +49,10 @@ __all__ = [
     "finalize",
     "load_compact",
     "make_verbalizer",
+    "merge_keeping_zeros",
     "model_size",
     "penalty",
+    "prune_once",
     "register_anatomy",
     "save_compact",
     "shrink",

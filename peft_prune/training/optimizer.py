@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -28,8 +29,9 @@ def pruning_parameter_groups(
     """
     adapters = trained_adapters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scores = _trained(adapters, "scores")
-    updates = _trained(adapters, "update")
+    scores = _trained(adapters, ("scores",))
+    others_of_ours = {kind for layers in adapters.values() for kind in layers[0].trained_names} - {"scores"}
+    updates = _trained(adapters, sorted(others_of_ours))
     if not scores and not updates:
         raise ValueError(
             "The model has no trainable scores: its masks are final, the adapter was loaded without is_trainable=True, "
@@ -52,9 +54,10 @@ def pruning_parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def _trained(adapters: dict[str, list[PruningLayer]], kind: str) -> dict[int, nn.Parameter]:
-    """Trainable scores or updates of some adapters, by identity."""
-    found = (getattr(layer, kind).get(name) for name, layers in adapters.items() for layer in layers)
+def _trained(adapters: dict[str, list[PruningLayer]], kinds: Sequence[str]) -> dict[int, nn.Parameter]:
+    """Trainable parameters of some kinds, such as scores, of some adapters, by identity."""
+    layers = [(layer, name) for name, layers in adapters.items() for layer in layers]
+    found = (layer.held(kind).get(name) for layer, name in layers for kind in kinds)
     return {id(p): p for p in found if p is not None and p.requires_grad}
 
 

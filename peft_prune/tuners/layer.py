@@ -51,6 +51,13 @@ class PruningLayer(StoredForm):
 
     # ----------------------------------------------------------------- forward
 
+    @classmethod
+    def advance(
+        cls, model: nn.Module, name: str, layers: list[Any], step: int, total_steps: int
+    ) -> Optional[dict[str, float]]:
+        """A method's own step of the schedule; `None` if it is the usual one, see `update_schedule`."""
+        return None
+
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight that all active adapters together make of the base weight, in the layout of that.
 
@@ -65,8 +72,9 @@ class PruningLayer(StoredForm):
         for name in names:
             if name in self.progress:
                 if self.training and self.pruning_config[name].init_weights:
-                    watched = self.scores if name in self.scores else self.update
-                    self._watch.look(name, watched[name], self.progress[name])
+                    watched = [self.held(kind)[name] for kind in self.trained_names if name in self.held(kind)]
+                    if watched:
+                        self._watch.look(name, watched[0], self.progress[name])
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
             elif name in self.mask:
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Optional, cast
 
 import torch
@@ -34,9 +35,11 @@ class PrunedLinearConv1D(PruningLayer):
 LAYER_CLASSES: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: PrunedLinear, Conv1D: PrunedLinearConv1D}
 
 
-def layer_class_for(module: nn.Module) -> Optional[type[PruningLayer]]:
+def layer_class_for(
+    module: nn.Module, classes: Mapping[type[nn.Module], type[PruningLayer]] = LAYER_CLASSES
+) -> Optional[type[PruningLayer]]:
     """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
-    for base, layer_class in LAYER_CLASSES.items():
+    for base, layer_class in classes.items():
         if isinstance(module, base) and type(module).forward is base.forward:
             return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
     return None

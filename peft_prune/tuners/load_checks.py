@@ -61,9 +61,9 @@ def check_stored_state(
     for name, layer in layers.items():
         if adapter_name not in layer._get_available_adapters():
             continue
-        for kind in ("mask", "values", "scores", "update", "progress"):
+        for kind in (*layer.trained_names, *layer.stored_names):
             key = f"{name}.{prefix}{kind}.{adapter_name}"
-            holder = getattr(layer, kind)
+            holder = layer.held(kind)
             if adapter_name in holder:
                 expected.add(key)
                 _check_tensor(layer, kind, holder[adapter_name], stored.get(key), config)
@@ -84,7 +84,7 @@ def _check_tensor(
             f"The adapter file holds no {kind} for {layer.module_name!r}. {state} adapter_config.json: the file is "
             "damaged, or is not the one that belongs to it."
         )
-    if config.finalized:
+    if config.finalized and kind in ("mask", "values"):
         info = (config.mask_info or {})[layer.module_name]
         if kind == "values":
             check_values(layer.module_name, found, info["values"])

@@ -18,7 +18,7 @@ from ..structure.sites import find_sites
 from .combine import add_combined_adapter
 from .heads import head_granularity
 from .layer import PruningLayer
-from .linear import layer_class_for
+from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
 from .schedule import update_schedule
@@ -68,6 +68,7 @@ class PruningModel(BaseTuner):
     """
 
     tuner_layer_cls = PruningLayer
+    layer_classes = LAYER_CLASSES
     target_module_mapping: dict[str, list[str]] = {}
 
     def update_schedule(self, step: int, total_steps: Optional[int] = None) -> dict[str, float]:
@@ -146,7 +147,7 @@ class PruningModel(BaseTuner):
                 f"Module {name!r} is adapted already, by {type(module).__module__}.{type(module).__name__}, which a "
                 "mask on its base weight would ignore. Merge that adapter first: model = model.merge_and_unload()."
             )
-        layer_class = layer_class_for(module)
+        layer_class = layer_class_for(module, self.layer_classes)
         if layer_class is None:
             raise TypeError(
                 f"Module {name!r} of type {type(module).__name__} cannot be pruned. Supported are torch.nn.Linear and "

@@ -55,12 +55,17 @@ def update_schedule(
     if not adapters:
         state = "are final already" if pruning_layers(model) else "were not found in this model"
         raise ValueError(f"update_schedule: pruning adapters {state}, so there is no schedule to advance.")
-    reports = [_update_adapter(name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
+    reports = [_update_adapter(model, name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
     return reports[0]
 
 
 def _update_adapter(
-    name: str, layers: list[PruningLayer], step: int, total_steps: Optional[int], grad_scale: float
+    model: nn.Module,
+    name: str,
+    layers: list[PruningLayer],
+    step: int,
+    total_steps: Optional[int],
+    grad_scale: float,
 ) -> dict[str, float]:
     config = layers[0].pruning_config[name]
     total = total_steps if total_steps is not None else config.total_steps
@@ -72,6 +77,9 @@ def _update_adapter(
     if not 0 <= step <= total:
         raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
     config.total_steps = total
+    report = type(layers[0]).advance(model, name, layers, step, total)
+    if report is not None:
+        return report
     for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
         layer.set_kept(name, kept, step, total)
         layer.get_mask(name)  # now, so that compiled forward passes find it

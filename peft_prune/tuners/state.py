@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -32,13 +32,17 @@ class AdapterState(nn.Module, BaseTunerLayer):
         module_name (`str`): name of the module in the base model.
     """
 
+    # what a layer holds of an adapter, without the prefix: parameters, and persistent buffers
+    trained_names: tuple[str, ...] = ("scores", "update")
+    stored_names: tuple[str, ...] = ("mask", "values", "progress")
+
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.prefix = prefix
         self.module_name = module_name
-        self.adapter_layer_names = (prefix + "scores", prefix + "update")
-        stored = (prefix + "mask", prefix + "values", prefix + "progress")
+        self.adapter_layer_names = tuple(prefix + name for name in self.trained_names)
+        stored = tuple(prefix + name for name in self.stored_names)
         self.other_param_names = (*stored, "pruning_config", "granularity", "penalty_grad", "_masks", "_values")
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -58,6 +62,10 @@ class AdapterState(nn.Module, BaseTunerLayer):
         self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
+
+    def held(self, kind: str) -> Any:
+        """Parameters or buffers of a kind, such as `"scores"`, by adapter name."""
+        return getattr(self, self.prefix + kind)
 
     @property
     def scores(self) -> nn.ParameterDict:
@@ -193,8 +201,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def _current_mask(self, adapter_name: str) -> torch.Tensor:
-        holders = (self.mask,) if adapter_name in self.mask else (self.scores, self.update, self.progress)
-        sources = tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
+        sources = self._mask_sources(adapter_name)
         if not sources:
             raise ValueError(self.pruning_config[adapter_name].without_mask)
         versions = [t._version for t in sources]
@@ -206,6 +213,11 @@ class AdapterState(nn.Module, BaseTunerLayer):
         mask = self._compute_mask(adapter_name)
         self._masks[adapter_name] = (sources, versions, mask)
         return mask
+
+    def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
+        """What the mask follows from: it is computed anew when one of these changes."""
+        holders = (self.mask,) if adapter_name in self.mask else (self.scores, self.update, self.progress)
+        return tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
 
     def _compute_mask(self, adapter_name: str) -> torch.Tensor:
         config = self.pruning_config[adapter_name]

@@ -13,7 +13,8 @@ from ...structure.activations import collect_inputs
 from ...structure.budget import Plan, choose_units
 from ...structure.clustering import column_similarity, head_similarity, least_first, removal_order
 from ...structure.flops import unit_macs
-from ...structure.sites import HEADS, Site, find_sites, linear_matrix
+from ...structure.norms import unit_norms
+from ...structure.sites import HEADS, Site, find_sites
 from ..layer import PruningLayer, pruning_layers
 from .config import PPruningConfig
 
@@ -108,16 +109,6 @@ def _plan(
             similarity = column_similarity(activations)
         heights, order = removal_order(similarity, importance, config.linkage)
     return Plan(site, cost, heights, order)
-
-
-def unit_norms(model: nn.Module, site: Site) -> torch.Tensor:
-    """Euclidean norm of all weights of each unit: float32, shape (units,), on the CPU."""
-    matrix = linear_matrix(model.get_submodule(site.output)).detach().float()
-    squares = matrix.square().sum(0).cpu()[site.columns].sum(1)
-    for name, rows in site.rows.items():
-        matrix = linear_matrix(model.get_submodule(name)).detach().float()
-        squares = squares + matrix.square().sum(1).cpu()[rows].sum(1)
-    return squares.sqrt()
 
 
 def _set_masks(

@@ -1,0 +1,139 @@
+"""Configuration of DSEE."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Optional, Union
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import PeftType
+
+from ...config import PruningConfig, _check_choice, _check_number
+
+
+SUPPORTS, IMPORTANCES = ("grebsmo", "random", "magnitude"), ("update", "effective", "weight")
+
+
+@dataclass
+class DSEEConfig(PruningConfig):
+    """
+    Configuration of DSEE (Chen et al. 2023): `W ⊙ S1 + s·(B·A + S2)`, a low-rank and a sparse update of a model that is
+    pruned once while they are trained.
+
+    Of the fields of [`PruningConfig`], those about schedules, penalty, scores and allocation have no meaning here.
+
+    Args:
+        r (`int`): rank of the low-rank update `BA`.
+        lora_alpha (`float`): α; the update is scaled by `s = α / r`.
+        lora_dropout (`float`): dropout before the update.
+        num_sparse (`int`): number of trained places of each matrix, `S2`; 0 for none.
+        support (`str`):
+            Where they are: `"grebsmo"` (what no low-rank matrix explains of the weight), `"random"` or `"magnitude"`.
+        target_modules (`Union[list[str], str]`, *optional*):
+            Modules that are updated. By default the projections of queries and values.
+        prune_target_modules (`Union[list[str], str]`, *optional*):
+            Modules that are pruned. By default the linear layers inside the numbered blocks.
+        sparsity (`float`, *optional*):
+            Share of the weights of pruned modules without update that goes, the smallest of all; by default 0.
+        update_sparsity (`float`, *optional*):
+            The same for pruned modules with update, ranked by `importance`. By default `sparsity`.
+        importance (`str`):
+            `"update"` (`|s·(BA + S2)|`), `"effective"` (`|W + s·(BA + S2)|`) or `"weight"` (`|W|`).
+        heads_to_prune (`int`):
+            Heads that go in each layer: those whose queries and values are updated least.
+        neuron_sparsity (`float`):
+            Share of the neurons of each feed-forward network that goes, the ones with the smallest weights.
+        prune_at (`float`):
+            Share of training, in (0, 1], at which all this is pruned, once; the update is trained on.
+        seed (`int`):
+            Seed of the support, and of `A`.
+
+    Example:
+
+        ```py
+        >>> from peft_prune import DSEEConfig
+
+        >>> config = DSEEConfig(task_type="SEQ_CLS", r=16, num_sparse=64, sparsity=0.5)
+        ```
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of the low-rank update."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the update."})
+    num_sparse: int = field(default=64, metadata={"help": "Trained places of each matrix."})
+    support: str = field(default="grebsmo", metadata={"help": "'grebsmo', 'random' or 'magnitude'."})
+    prune_target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Modules to prune; by default the linear layers inside the numbered blocks."}
+    )
+    update_sparsity: Optional[float] = field(default=None, metadata={"help": "Sparsity of modules with update."})
+    importance: str = field(default="update", metadata={"help": "'update', 'effective' or 'weight'."})
+    heads_to_prune: int = field(default=0, metadata={"help": "Heads that go in each layer."})
+    neuron_sparsity: float = field(default=0.0, metadata={"help": "Share of the neurons that goes."})
+    prune_at: float = field(default=0.5, metadata={"help": "Share of training at which it is pruned, once."})
+    keep_sparse: bool = field(default=False, metadata={"help": "Whether merging masks the update, too."})
+    seed: int = field(default=0, metadata={"help": "Seed of the support and of A."})
+
+    updates_weights: ClassVar[bool] = True
+    finds_sparsity: ClassVar[bool] = True
+
+    def __post_init__(self, density=None):
+        if self.sparsity is None and density is None:
+            self.sparsity = 0.0
+        super().__post_init__(density)
+        self.peft_type = PeftType("DSEE")
+        if isinstance(self.prune_target_modules, list):
+            self.prune_target_modules = set(self.prune_target_modules)  # type: ignore[assignment]
+        _check_choice("support", self.support, SUPPORTS)
+        _check_choice("importance", self.importance, IMPORTANCES)
+        for name, least in (("r", 1), ("num_sparse", 0), ("heads_to_prune", 0)):
+            _check_whole(name, getattr(self, name), least)
+        _check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
+        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "Try 0.1.", open_high=True)
+        _check_number("neuron_sparsity", self.neuron_sparsity, 0.0, 1.0, "The paper uses 0.4.", open_high=True)
+        if self.update_sparsity is not None:
+            _check_number("update_sparsity", self.update_sparsity, 0.0, 1.0, "Try 0.5.", open_high=True)
+        _check_number("prune_at", self.prune_at, 1e-9, 1.0, "It is a share of training, e.g. 0.5.")
+        if self.granularity != "weight" or self.allocation != "local" or self.sparsity_pattern:
+            raise ValueError(
+                f"granularity={self.granularity!r}, allocation={self.allocation!r}, sparsity_pattern="
+                f"{self.sparsity_pattern!r}: DSEE prunes single weights with one threshold, heads and neurons. Leave "
+                "them out, and use heads_to_prune and neuron_sparsity."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for every config, with sets as lists, for JSON."""
+        fields = super().to_dict()
+        if isinstance(fields.get("prune_target_modules"), set):
+            fields["prune_target_modules"] = sorted(fields["prune_target_modules"])
+        return fields
+
+    def prunes(self, module_name: str) -> bool:
+        """Whether a module is among those that are pruned."""
+        pruned = copy.copy(self)
+        pruned.target_modules = self.prune_target_modules
+        return self.prune_target_modules is not None and self.updates(module_name, pruned)
+
+    def updates(self, module_name: str, config: Optional[Any] = None) -> bool:
+        """Whether a module is among those that are updated."""
+        return bool(BaseTuner._check_target_module_exists(config or self, module_name))
+
+    @property
+    def scaling(self) -> float:
+        """s, by which the update is scaled."""
+        return self.lora_alpha / self.r
+
+    @property
+    def learns_scores(self) -> bool:
+        """Whether scores are trained."""
+        return False
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole heads or neurons go."""
+        return self.heads_to_prune > 0 or self.neuron_sparsity > 0
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")

@@ -1,0 +1,123 @@
+"""The tuner of DSEE: some modules are updated, some are pruned, some are both."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Optional, cast
+
+import torch
+from torch import nn
+
+from ...structure.sites import HEADS, find_sites
+from ..layer import pruning_layers
+from ..model import PruningModel, default_target_modules
+from .config import DSEEConfig
+from .layer import DSEE_LAYERS, DSEELayer
+
+
+_logger = logging.getLogger(__name__)
+
+
+class DSEEModel(PruningModel):
+    """
+    DSEE: a low-rank and a sparse update on a model that is pruned once.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model to adapt.
+        config ([`DSEEConfig`]): the configuration.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from peft import get_peft_model
+        >>> from peft_prune import DSEEConfig
+
+        >>> base_model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        >>> model = get_peft_model(base_model, DSEEConfig(task_type="SEQ_CLS", sparsity=0.5))
+        ```
+    """
+
+    prefix = "dsee_"
+    layer_classes = DSEE_LAYERS
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        if peft_config.target_modules is None:
+            sites = [site for site in find_sites(self.model) if site.attention is not None]
+            names = {(site.attention.query, site.attention.value) for site in sites if site.attention}
+            peft_config.target_modules = {name for pair in names for name in pair}
+        if peft_config.prune_target_modules is None:
+            peft_config.prune_target_modules = default_target_modules(self.model)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return peft_config.updates(key) or peft_config.prunes(key)
+
+    def _create_and_replace(  # type: ignore[override]
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **optional_kwargs: Any,
+    ) -> None:  # fmt: skip
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+        )
+        if peft_config.updates(current_key):
+            layer = cast(DSEELayer, getattr(parent, target_name))
+            if layer.merged:
+                raise ValueError(f"{layer.merged_adapters} are merged. Call model.unmerge_adapter() first.")
+            layer.add_update(adapter_name, peft_config, self._rows_of(current_key))
+
+    def _rows_of(self, name: str) -> Optional[torch.Tensor]:
+        """Of a fused projection, the rows of queries and values; `None` for all rows."""
+        try:
+            sites = find_sites(self.model)
+        except ValueError:
+            return None  # an architecture that is not known has no fused matrix that is
+        for site in sites:
+            if site.kind == HEADS and site.attention is not None and site.attention.fused and name in site.rows:
+                rows, width = site.rows[name], site.width
+                return torch.cat([rows[:, :width], rows[:, 2 * width :]], dim=1).flatten().sort().values
+        return None
+
+    def merge_and_unload(  # type: ignore[override]
+        self, *args: Any, keep_sparse: Optional[bool] = None, inputs: Optional[dict[str, Any]] = None, **kwargs: Any
+    ) -> nn.Module:
+        """Merge masks and updates, and return the base model, without the heads and neurons that are gone.
+
+        Args:
+            *args, **kwargs: as for [`PruningModel.merge_and_unload`].
+            keep_sparse (`bool`, *optional*): mask the update, too, so that merged weights are as sparse as the masks.
+                The model's outputs change then. By default what the config says, `False`.
+            inputs (`dict`, *optional*): a batch, with which the change of the outputs is measured and logged.
+        """
+        for name in self.active_adapters:
+            if keep_sparse is not None:
+                cast(DSEEConfig, self.peft_config[name]).keep_sparse = keep_sparse
+        before = self._outputs(self.model, inputs)
+        lost = self._lost_by_masking()
+        merged = super().merge_and_unload(*args, **kwargs)
+        if lost:
+            message = f"keep_sparse=True removed {lost:.2%} of the norm of the update."
+            after = self._outputs(merged, inputs)
+            if before is not None and after is not None:
+                message += f" The outputs moved by {float((after - before).abs().max()):.3g} at most."
+            _logger.warning(message)
+        return merged
+
+    def _outputs(self, model: nn.Module, inputs: Optional[dict[str, Any]]) -> Optional[torch.Tensor]:
+        if inputs is None:
+            return None
+        with torch.no_grad():
+            return cast(Any, model)(**inputs)[0].float()
+
+    def _lost_by_masking(self) -> float:
+        """Share of the update's norm that falls on pruned weights and is about to be masked."""
+        whole = gone = 0.0
+        for layer in pruning_layers(self):
+            for name in layer.active_adapters:
+                if name in layer.pruning_config and cast(DSEEConfig, layer.pruning_config[name]).keep_sparse:
+                    change = cast(DSEELayer, layer).delta(name).detach()
+                    whole += float(change.square().sum())
+                    gone += float(change[~layer.get_mask(name)].square().sum())
+        return (gone / whole) ** 0.5 if whole else 0.0

@@ -1,0 +1,303 @@
+"""DSEE against its formula, on real shapes of several architectures."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import inputs, make
+from conftest import make_bert, make_gpt2, make_llama, snapshot
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from test_shrink import logits
+from test_training import Record, arguments, data
+
+from peft_prune import (
+    DSEEConfig,
+    PruningCallback,
+    PruningTrainer,
+    create_pruning_optimizer,
+    finalize,
+    merge_keeping_zeros,
+    model_size,
+    prune_once,
+    update_schedule,
+)
+from peft_prune.structure.sites import HEADS, find_sites
+from peft_prune.tuners.layer import pruning_layers
+
+
+SMALL = {"r": 3, "lora_alpha": 6.0, "num_sparse": 7}
+
+
+def dsee(base, **fields):
+    """A model with a random update, before it is pruned."""
+    model = get_peft_model(base, DSEEConfig(**SMALL | fields)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in pruning_layers(model):
+            for kind in ("A", "B", "sparse"):
+                if "default" in layer.held(kind):
+                    parameter = layer.held(kind)["default"]
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def by_name(model):
+    return {layer.module_name: layer for layer in pruning_layers(model)}
+
+
+def written_down(layer, name="default"):
+    """`W ⊙ S1 + s (B A + S2)`, entry by entry."""
+    weight = layer.matrix.detach() * layer.get_mask(name)
+    if name not in layer.held("A"):
+        return weight
+    rows = layer.updated_rows[name]
+    rows = range(weight.shape[0]) if rows is None else rows.tolist()
+    update = layer.held("B")[name].detach() @ layer.held("A")[name].detach()
+    for place, value in zip(layer.held("support")[name].tolist(), layer.held("sparse")[name].tolist(), strict=True):
+        update[place // weight.shape[1], place % weight.shape[1]] += value
+    for i, row in enumerate(rows):
+        weight[row] += layer.pruning_config[name].lora_alpha / layer.pruning_config[name].r * update[i]
+    return weight
+
+
+@pytest.mark.parametrize("make_model", [make_bert, make_gpt2, make_llama])
+@pytest.mark.parametrize("support", ["grebsmo", "random", "magnitude"])
+def test_forward_is_the_formula(make_model, support):
+    model = dsee(make_model(), support=support, sparsity=0.4)
+    prune_once(model)
+    for layer in pruning_layers(model):
+        x = torch.randn(2, 5, layer.shape[1])
+        base = layer.get_base_layer()
+        expected = F.linear(x, written_down(layer), base.bias)
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    ids = {"input_ids": torch.arange(12).view(2, 6)}
+    adapted = logits(model, ids)
+    torch.testing.assert_close(logits(model.merge_and_unload(), ids), adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_those_of_the_formula():
+    model = dsee(make_bert(), sparsity=0.4)
+    prune_once(model)
+    layer = by_name(model)["bert.encoder.layer.0.attention.self.query"]
+    a, b, sparse = (layer.held(kind)["default"].detach().clone().requires_grad_() for kind in ("A", "B", "sparse"))
+    x, target = torch.randn(3, 4, 32), torch.randn(3, 4, 32)
+    F.mse_loss(layer(x), target).backward()
+    s2 = torch.zeros(32 * 32).index_add(0, layer.held("support")["default"], sparse).view(32, 32)
+    weight = layer.matrix.detach() * layer.get_mask("default") + 2.0 * (b @ a + s2)
+    F.mse_loss(F.linear(x, weight, layer.get_base_layer().bias.detach()), target).backward()
+    for kind, expected in (("A", a), ("B", b), ("sparse", sparse)):
+        torch.testing.assert_close(layer.held(kind)["default"].grad, expected.grad)
+    assert layer.get_base_layer().weight.grad is None
+
+
+def test_it_starts_as_the_base_and_trains_few_numbers():
+    base = make_bert()
+    ids = inputs("bert")
+    dense = logits(base, ids)
+    model = get_peft_model(base, DSEEConfig(r=2, num_sparse=5))
+    assert torch.equal(logits(model.eval(), ids), dense)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 2 * 2 * (2 * (32 + 32) + 5)  # two layers, queries and values
+    updated = {name.split(".")[-1] for name, layer in by_name(model).items() if layer.held("A")}
+    assert updated == {"query", "value"}
+    assert all(layer.held("sparse")["default"].shape == (5,) for layer in by_name(model).values() if layer.held("A"))
+
+
+def test_fused_projections_update_queries_and_values_only():
+    model = dsee(make_gpt2())
+    layer = by_name(model)["transformer.h.0.attn.c_attn"]
+    change = layer.delta("default")
+    assert layer.held("B")["default"].shape == (64, 3)
+    assert bool((change[32:64] == 0).all()) and bool((change[:32] != 0).any()) and bool((change[64:] != 0).any())
+
+
+@pytest.mark.parametrize("importance", ["update", "effective", "weight"])
+def test_one_threshold_for_each_of_the_two_groups(importance):
+    model = dsee(make_bert(), sparsity=0.5, update_sparsity=0.2, importance=importance)
+    prune_once(model)
+    for updated, share in ((True, 0.2), (False, 0.5)):
+        layers = [layer for layer in pruning_layers(model) if bool(layer.held("A")) == updated]
+        values = []
+        for layer in layers:
+            change = written_down(layer) - layer.matrix.detach() * layer.get_mask("default")
+            weight = layer.matrix.detach()
+            kinds = {"update": change, "effective": weight + change, "weight": weight}
+            values.append((kinds[importance] if updated else weight).abs().flatten())
+        masks = torch.cat([layer.get_mask("default").flatten() for layer in layers])
+        assert int((~masks).sum()) == round(share * masks.numel())
+        assert torch.cat(values)[masks].min() >= torch.cat(values)[~masks].max() - 1e-6
+
+
+def test_keys_of_a_fused_matrix_are_not_taken_for_an_update_of_zero():
+    model = dsee(make_gpt2(), sparsity=0.5, importance="update")
+    prune_once(model)
+    mask = by_name(model)["transformer.h.0.attn.c_attn"].get_mask("default")
+    assert 0.3 < mask[32:64].float().mean() < 0.7
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "deberta-v2", "llama", "distilbert", "t5"])
+def test_heads_and_neurons(name, tmp_path):
+    model = dsee(make(name), heads_to_prune=1, neuron_sparsity=0.25)
+    sites = find_sites(model)
+    prune_once(model)
+    for site in sites:
+        layer = model.get_submodule(site.output)
+        kept = layer.get_mask("default")[0][site.columns].all(1)
+        assert int((~kept).sum()) == (1 if site.kind == HEADS else site.units // 4)
+        if site.kind == HEADS:
+            scores = torch.zeros(site.units)
+            for module, rows in site.rows.items():
+                each = model.get_submodule(module)
+                change = written_down(each) - each.matrix.detach() * each.get_mask("default")
+                scores += change.abs().sum(1)[rows].sum(1)
+            assert int(scores.argmin()) == int((~kept).nonzero())
+    finalize(model)
+    masked = logits(model, inputs(name))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(name), tmp_path)
+    assert torch.equal(logits(again, inputs(name)), masked)
+    before = model_size(make(name), 10)
+    smaller = again.merge_and_unload()
+    after = model_size(smaller, 10)
+    assert after.neurons == before.neurons * 3 // 4 and after.heads < before.heads
+    torch.testing.assert_close(logits(smaller, inputs(name)), masked, atol=1e-4, rtol=1e-4)
+
+
+def test_files_are_small_and_come_back(tmp_path):
+    model = dsee(make_bert(), sparsity=0.5)
+    prune_once(model)
+    live = logits(model, inputs("bert"))
+    finalize(model)
+    assert torch.equal(logits(model, inputs("bert")), live)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kinds = {key.rsplit("dsee_", 1)[1] for key in tensors}
+    assert kinds == {"A", "B", "sparse", "support", "mask"}
+    stored = sum(t.numel() for key, t in tensors.items() if key.endswith("_mask"))
+    assert stored < 1.2 * sum(layer.matrix.numel() for layer in pruning_layers(model)) / 8
+    again = PeftModel.from_pretrained(make_bert(), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again.eval(), inputs("bert")), live)
+    plain = make_bert()
+    plain.load_adapter(str(tmp_path))  # Transformers' own road
+    assert torch.equal(logits(plain.eval(), inputs("bert")), live)
+
+
+def test_merging_sparse_or_exact(caplog):
+    def merged(**arguments):
+        model = dsee(make_bert(), sparsity=0.5, update_sparsity=0.5)
+        prune_once(model)
+        mask = by_name(model)["bert.encoder.layer.0.attention.self.query"].get_mask("default")
+        exact = logits(model, inputs("bert"))
+        model = model.merge_and_unload(**arguments)
+        return model.bert.encoder.layer[0].attention.self.query.weight, mask, logits(model, inputs("bert")) - exact
+
+    weight, mask, moved = merged()
+    assert bool((weight[~mask] != 0).any()) and moved.abs().max() < 1e-5
+    with caplog.at_level(logging.WARNING):
+        weight, mask, moved = merged(keep_sparse=True, inputs=inputs("bert"))
+    assert bool((weight[~mask] == 0).all()) and bool((weight[mask] != 0).all()) and moved.abs().max() > 1e-4
+    (record,) = [r.message for r in caplog.records if "norm of the update" in r.message]
+    assert f"moved by {float(moved.abs().max()):.3g} at most" in record
+
+
+def test_merge_and_unmerge_are_bit_exact():
+    base = make_bert()
+    before = snapshot(base)
+    model = dsee(base, sparsity=0.5)
+    prune_once(model)
+    adapted = logits(model, inputs("bert"))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, inputs("bert")), adapted, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, inputs("bert")), adapted)
+    for layer in pruning_layers(model):
+        assert torch.equal(layer.get_base_layer().weight, before[layer.module_name + ".weight"])
+
+
+def test_pruned_once_inside_a_trainer_and_resumed(tmp_path):
+    def run(folder, resume=None):
+        torch.manual_seed(0)
+        model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.3, **SMALL))
+        record = Record()
+        args = arguments(folder, save_strategy="steps", save_steps=5)
+        trainer = PruningTrainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), record])
+        trainer.train(resume_from_checkpoint=resume)
+        return model, record
+
+    whole, record = run(tmp_path / "whole")
+    every = [torch.cat([mask.flatten() for mask in step.values()]) for _, step in record.steps]
+    sparsities = [float((~mask).float().mean()) for mask in every]
+    assert sparsities[:2] == [0, 0] and all(s == pytest.approx(0.5, abs=1e-3) for s in sparsities[2:])
+    assert all(torch.equal(every[2], mask) for mask in every[2:]), "pruned once"
+    resumed, _ = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    one, two = whole.state_dict(), resumed.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert whole.peft_config["default"].finalized
+
+
+def test_optimizer_and_warnings():
+    model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, **SMALL))
+    optimizer = create_pruning_optimizer(model, lr=5e-4, weight_decay=0.1)
+    ours = {
+        id(p) for layer in pruning_layers(model) for kind in ("A", "B", "sparse") for p in layer.held(kind).values()
+    }
+    groups = [g for g in optimizer.param_groups if {id(p) for p in g["params"]} & ours]
+    assert sum(len(g["params"]) for g in groups) == len(ours) and {g["weight_decay"] for g in groups} == {0.0}
+    update_schedule(model, 2, 10)
+    with pytest.warns(UserWarning, match=r"never pruned: .*step 2 of 10.*prune_once"):
+        finalize(model)
+
+
+def test_a_lora_on_a_pruned_base_keeps_its_zeros(caplog):
+    base = make_bert()
+    with torch.no_grad():
+        for layer in base.bert.encoder.layer:
+            layer.attention.self.query.weight[:, ::2] = 0
+    zeros = base.bert.encoder.layer[0].attention.self.query.weight == 0
+    config = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    dense = get_peft_model(make_bert(), config)
+    with pytest.raises(ValueError, match="no adapted weight of the base is zero"):
+        merge_keeping_zeros(dense)
+    model = get_peft_model(base, config)
+    expected = model.base_model.model.bert.encoder.layer[0].attention.self.query.get_delta_weight("default")
+    old = model.base_model.model.bert.encoder.layer[0].attention.self.query.get_base_layer().weight.clone()
+    with caplog.at_level(logging.WARNING):
+        merged = merge_keeping_zeros(model)
+    weight = merged.bert.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(weight, (old + expected) * ~zeros)
+    assert "of the norm of the update" in caplog.text
+
+
+BAD = [
+    ({"r": 0}, "r=0"),
+    ({"num_sparse": -1}, "num_sparse=-1"),
+    ({"support": "svd"}, "'grebsmo', 'random', 'magnitude'"),
+    ({"importance": "taylor"}, "'update', 'effective', 'weight'"),
+    ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+    ({"prune_at": 0.0}, "prune_at=0.0"),
+    ({"neuron_sparsity": 1.0}, "neuron_sparsity=1.0"),
+    ({"update_sparsity": 2}, "update_sparsity=2"),
+    ({"heads_to_prune": 1.5}, "heads_to_prune=1.5"),
+    ({"granularity": "head"}, "heads_to_prune and neuron_sparsity"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[str(fields) for fields, _ in BAD])
+def test_bad_fields_are_told(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DSEEConfig(**fields)
+
+
+def test_misuse_is_told():
+    with pytest.raises(ValueError, match="num_sparse=2000 is more than the 1024 weights"):
+        get_peft_model(make_bert(), DSEEConfig(num_sparse=2000, support="random"))
+    with pytest.raises(ValueError, match="heads_to_prune=4 must be fewer than the 4"):
+        prune_once(dsee(make_bert(), heads_to_prune=4))
+    with pytest.raises(ValueError, match=r"output.dense' is not among prune_target_modules"):
+        prune_once(dsee(make_bert(), heads_to_prune=1, prune_target_modules=["intermediate.dense"]))
+    with pytest.raises(ValueError, match="is no DSEE adapter"):
+        prune_once(make_bert())
+    assert replace(DSEEConfig(), seed=2).seed == 2
