@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any, Optional, cast
 
 import torch
@@ -40,7 +41,8 @@ class DSEELayer(PruningLayer):
         """Give an adapter its update: `A` normal with standard deviation 0.02, `B` and `S2` zero."""
         matrix = self.matrix.detach()
         part = matrix if rows is None else matrix[rows.to(matrix.device)]
-        generator = torch.Generator().manual_seed(config.seed)
+        seed = zlib.crc32(f"{config.seed}:{self.module_name}".encode())  # layers of one shape start apart
+        generator = torch.Generator().manual_seed(seed)
         spread = 0.02 * torch.randn(config.r, part.shape[1], generator=generator)
         self.updated_rows[name] = rows
         self.held("A")[name] = nn.Parameter(spread.to(matrix.device))
@@ -51,7 +53,7 @@ class DSEELayer(PruningLayer):
         if config.num_sparse:
             self.held("sparse")[name] = nn.Parameter(torch.zeros(config.num_sparse, device=matrix.device))
             places = torch.zeros(config.num_sparse, dtype=torch.int64, device=matrix.device)
-            self.held("support")[name] = places if config.finalized else choose_support(part, config)
+            self.held("support")[name] = places if config.finalized else choose_support(part, config, seed)
         self.dropout[name] = nn.Dropout(config.lora_dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -171,16 +173,16 @@ class DSEELayer(PruningLayer):
         return (config.scaling * out).to(result.dtype)
 
 
-def choose_support(matrix: torch.Tensor, config: DSEEConfig) -> torch.Tensor:
+def choose_support(matrix: torch.Tensor, config: DSEEConfig, seed: int) -> torch.Tensor:
     """Flat positions of the trained places of a matrix: int64, ascending, shape (num_sparse,)."""
     if config.num_sparse > matrix.numel():
         raise ValueError(f"num_sparse={config.num_sparse!r} is more than the {matrix.numel()} weights of a matrix.")
     if config.support == "grebsmo":
         rank = min(config.r, *matrix.shape)
-        return decompose(matrix[None], rank, config.num_sparse, seed=config.seed).places[0]
+        return decompose(matrix[None], rank, config.num_sparse, seed=seed).places[0]
     if config.support == "magnitude":
         return matrix.abs().flatten().topk(config.num_sparse).indices.sort().values
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randperm(matrix.numel(), generator=generator)[: config.num_sparse].sort().values.to(matrix.device)
 
 
