@@ -17,6 +17,7 @@ from ..linear import PrunedLinear, PrunedLinearConv1D
 from ..schedule import sparsity
 from ..watch import warn_once
 from .config import DSEEConfig
+from .prune import prune_once
 
 
 class DSEELayer(PruningLayer):
@@ -69,8 +70,6 @@ class DSEELayer(PruningLayer):
         cls, model: nn.Module, name: str, layers: list[Any], step: int, total_steps: int
     ) -> Optional[dict[str, float]]:
         """Prune when the schedule passes `prune_at`; before and after, only the step is noted."""
-        from .prune import prune_once  # which needs the layer
-
         when = math.ceil(layers[0].pruning_config[name].prune_at * total_steps)
         if int(layers[0].progress[name][0]) < when <= step:
             prune_once(model, name)

@@ -15,7 +15,6 @@ from ...structure.sites import HEADS, Site, find_sites
 from ..layer import pruning_layers
 from ..schedule import sparsity
 from .config import DSEEConfig
-from .layer import DSEELayer
 
 
 def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
@@ -31,7 +30,8 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     Raises:
         ValueError: there is no such adapter.
     """
-    layers = [layer for layer in pruning_layers(model) if isinstance(layer, DSEELayer)]
+    # only DSEE's layers hold bits
+    layers: list[Any] = [layer for layer in pruning_layers(model) if "bits" in layer.stored_names]
     name = adapter_name or (layers[0].active_adapters[0] if layers else "")
     waiting = [layer for layer in layers if name in layer.held("bits")]
     if not waiting:
@@ -52,7 +52,7 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     return sparsity(cast(Any, pruned), name)
 
 
-def _rows(name: str, layer: DSEELayer, updated: bool) -> torch.Tensor:
+def _rows(name: str, layer: Any, updated: bool) -> torch.Tensor:
     """Rows of a matrix that have an update, or that have none: of a fused one, keys have none."""
     has = torch.zeros(layer.shape[0], dtype=torch.bool)
     if layer.changes_weights(name):
@@ -61,7 +61,7 @@ def _rows(name: str, layer: DSEELayer, updated: bool) -> torch.Tensor:
     return (has == updated).nonzero().flatten()
 
 
-def importance(name: str, layer: DSEELayer, kind: str) -> torch.Tensor:
+def importance(name: str, layer: Any, kind: str) -> torch.Tensor:
     """What decides about each weight of a matrix: float32, shape (out, in), on the CPU."""
     weight = layer.matrix.detach().float()
     if kind == "weight":
@@ -71,7 +71,7 @@ def importance(name: str, layer: DSEELayer, kind: str) -> torch.Tensor:
 
 
 def _smallest_go(
-    parts: list[tuple[DSEELayer, torch.Tensor, torch.Tensor]], share: float, masks: dict[str, torch.Tensor]
+    parts: list[tuple[Any, torch.Tensor, torch.Tensor]], share: float, masks: dict[str, torch.Tensor]
 ) -> None:
     """Remove a share of the weights of some rows of some matrices, by one threshold over all of them."""
     if not (parts and share):
@@ -84,7 +84,7 @@ def _smallest_go(
 
 
 def _remove_units(
-    model: nn.Module, name: str, config: DSEEConfig, layers: list[DSEELayer], masks: dict[str, torch.Tensor]
+    model: nn.Module, name: str, config: DSEEConfig, layers: list[Any], masks: dict[str, torch.Tensor]
 ) -> None:
     paths = {id(module): path for path, module in model.named_modules()}
     by_path = {paths[id(layer)]: layer for layer in layers}
@@ -103,7 +103,7 @@ def _remove_units(
         masks[by_path[site.output].module_name][:, site.columns[gone].flatten()] = False
 
 
-def _least_updated_heads(name: str, config: DSEEConfig, site: Site, layers: Mapping[str, DSEELayer]) -> torch.Tensor:
+def _least_updated_heads(name: str, config: DSEEConfig, site: Site, layers: Mapping[str, Any]) -> torch.Tensor:
     """Heads with the smallest sum of `|ΔW|` over their rows of queries and values."""
     if config.heads_to_prune >= site.units:
         raise ValueError(f"heads_to_prune={config.heads_to_prune!r} must be fewer than the {site.units} of a layer.")
