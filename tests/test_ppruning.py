@@ -303,6 +303,19 @@ def test_misuse_is_told(tmp_path):
         peft_prune.update_schedule(model, 0, 10)
 
 
+def test_data_and_models_that_say_nothing_are_told():
+    padding = inputs("bert")
+    padding["attention_mask"] = torch.zeros_like(padding["attention_mask"])
+    model = get_peft_model(make("bert"), PPruningConfig())
+    with pytest.raises(ValueError, match="no token that is no padding"):
+        calibrate(model, [padding])
+    with torch.no_grad():
+        model.base_model.model.bert.encoder.layer[1].intermediate.dense.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"input of '.*layer.1.output.dense' is not finite"):
+        calibrate(model, [inputs("bert")])
+    assert not any(layer.mask for layer in pruning_layers(model)), "nothing was chosen"
+
+
 def test_a_mask_for_another_model_is_refused(tmp_path):
     pruned()[0].save_pretrained(tmp_path)
     with pytest.raises(peft_prune.MaskFormatError, match="another base"):

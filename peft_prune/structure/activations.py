@@ -105,7 +105,8 @@ def collect_inputs(
         `dict[str, torch.Tensor]`: float32 on the CPU, shape (tokens, features), by name.
 
     Raises:
-        ValueError: the dataloader is empty or its batches are no mappings.
+        ValueError: the dataloader is empty, its batches are no mappings or nothing but padding, or the model computes
+            values that are not finite.
     """
     reservoirs = [TokenReservoir(num_tokens, seed), TokenReservoir(num_tokens, seed)]
     recorders = {name: _Recorder(num_tokens) for name in modules}
@@ -132,10 +133,18 @@ def collect_inputs(
     if not seen:
         raise ValueError("calibrate: the dataloader is empty. Give it a few hundred examples of the task.")
     tokens = {False: len(reservoirs[0]), True: len(reservoirs[1]) or len(reservoirs[0])}
-    return {
+    if not all(tokens.values()):
+        raise ValueError(
+            f"calibrate: the {seen} examples hold no token that is no padding. Check attention_mask and pad token."
+        )
+    inputs_of = {
         name: torch.cat([stored[: tokens[decoder]] for stored in recorders[name].stored])
         for name, (_, decoder) in modules.items()
     }
+    for name, values in inputs_of.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"calibrate: the input of {name!r} is not finite. The base model seems to be broken.")
+    return inputs_of
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
@@ -78,8 +78,6 @@ class MovementPruningConfig(PruningConfig):
     score_lr: Optional[float] = field(default=None, metadata={"help": "Learning rate of the scores."})  # type: ignore[assignment]
     schedule_start: float = field(default=0.1, metadata={"help": "Share of training at which sparsity begins to grow."})
     schedule_end: float = field(default=0.8, metadata={"help": "Share of training at which sparsity is final."})
-
-    without_mask: ClassVar[str] = ""
 
     def __post_init__(self, density=None):
         _check_choice("variant", self.variant, tuple(VARIANTS))
