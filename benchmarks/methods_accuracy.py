@@ -2,6 +2,7 @@
 
 One process runs one configuration and appends a JSON line; `--table` and `--plot` read the lines:
 
+    python benchmarks/methods_accuracy.py --grid movies --seed 0     # all that the results lack, one after another
     python benchmarks/methods_accuracy.py --method hard --density 0.1 --seed 0 --teacher
     python benchmarks/methods_accuracy.py --method soft --penalty 400 --seed 0
     python benchmarks/methods_accuracy.py --table
@@ -13,7 +14,6 @@ With soft and L0 the penalty decides the density, which is reported; all others 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import torch
 from offline_data import minilm_path
 from peft import get_peft_model
+from records import append, mean, mean_and_each, metrics_in, read
 from tasks import load_task
-from text_classification import load_classifier, train, train_pruned
+from text_classification import evaluate, load_classifier, train, train_pruned
 from transformers import AutoTokenizer, set_seed
 
 from peft_prune import MovementPruningConfig, SMPConfig
@@ -39,21 +40,31 @@ from peft_prune.tuners.schedule import sparsity
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods_accuracy.jsonl"
 METHODS = ("magnitude", "l0", "hard", "soft", "smp-l", "smp-s")
+PENALISED = ("soft", "l0")  # the penalty decides their density
+DENSITIES = {"movies": (0.1, 0.5, 0.03, 0.15), "stsb": (0.1, 0.5)}
+STEPS = {"movies": 160, "stsb": 160}
+TEACHER_STEPS = {"movies": 250, "stsb": 160}
+# Found by trying powers of two with seed 0, without distillation: the penalty that comes closest to a density
+PENALTIES: dict[tuple[str, str], dict[float, float]] = {}
+# Scores have to cross their threshold within few steps
+SCORE_LR = {"soft": 5e-2}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["movies", "stsb"], default="movies")
-    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--method", choices=[*METHODS, "dense"])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--penalty", type=float, help="of soft and L0, which it gives their density")
     parser.add_argument("--score-init", default=None)
     parser.add_argument("--score-lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=565)
+    parser.add_argument("--grid", choices=["movies", "stsb"], help="run every cell of the table of a task")
+    parser.add_argument("--steps", type=int, help="by default 160")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the weights; the scores have their method's own")
     parser.add_argument("--teacher", action="store_true", help="distil from a dense model of the same seed")
-    parser.add_argument("--teacher-steps", type=int, default=565)
+    parser.add_argument("--teacher-steps", type=int, help="of 32; by default 250 and 160")
     parser.add_argument("--value-dtype", default="float32")
     parser.add_argument("--save", help="folder for the adapter")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_prune_teachers")
@@ -63,13 +74,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def with_defaults(args: argparse.Namespace, **changes: Any) -> argparse.Namespace:
+    """A run's settings, with what depends on its task and method filled in."""
+    args = argparse.Namespace(**(vars(args) | changes))
+    args.steps = args.steps or STEPS[args.task]
+    args.teacher_steps = args.teacher_steps or TEACHER_STEPS[args.task]
+    if args.score_lr is None:
+        args.score_lr = SCORE_LR.get(args.method)
+    return args
+
+
 def make_config(args: argparse.Namespace) -> Any:
     fields: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler"]}
     if args.score_init is not None:
         fields["score_init"] = args.score_init
     if args.score_lr is not None:
         fields["score_lr"] = args.score_lr
-    if args.method not in ("soft", "l0"):
+    if args.method not in PENALISED:
         fields["density"] = args.density
     elif args.penalty is not None:
         fields["penalty"] = args.penalty
@@ -105,42 +126,80 @@ def run(args: argparse.Namespace) -> dict:
         trainer = train_pruned(
             model, tokenizer, train_set, eval_set, lr=1e-3 if frozen else args.lr, steps=args.steps, output_dir=folder,
             seed=args.seed, use_cpu=True, quiet=True, compute_metrics=metrics, teacher=teacher,
+            batch_size=args.batch_size,
         )  # fmt: skip
-        scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+        scores = trainer.evaluate()
     if args.save:
         model.save_pretrained(args.save)
+    return settings(args) | {"scores": metrics_in(scores), "cpu_seconds": time.process_time() - start} | sizes(model)
+
+
+def run_dense(args: argparse.Namespace) -> dict:
+    """Score of the teacher itself, which is what fine-tuning without pruning gives."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    model = teacher_for(args, tokenizer)
+    _, eval_set, _, metrics = load_task(args.task, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        scores = evaluate(model, tokenizer, eval_set, metrics, folder)
+    return settings(args) | {"scores": metrics_in(scores), "density": 1.0, "bytes": 0, "teacher": False}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    left_out = ("results", "table", "plot", "cache", "save", "grid")
+    kept = {k: v for k, v in vars(args).items() if k not in left_out}
+    return kept | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def sizes(model: Any) -> dict:
+    """Density reached, and bytes of mask and values beside those of the dense matrices in float32."""
     layers = pruning_layers(model)
     stored = sum(layer.mask["default"].numel() for layer in layers)
     stored += sum(layer.values["default"].numel() for layer in layers if "default" in layer.values)
-    settings = {k: v for k, v in vars(args).items() if k not in ("results", "table", "plot", "cache", "save")}
-    return settings | {
-        "scores": {k: scores[k] for k in ("accuracy", "pearson", "spearman") if k in scores},
-        "density": 1.0 - sparsity(layers, "default"), "bytes": stored,
-        "dense_bytes": 4 * sum(layer.shape[0] * layer.shape[1] for layer in layers),
-        "cpu_seconds": time.process_time() - start, "torch": torch.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    dense = 4 * sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    return {"density": 1.0 - sparsity(layers, "default"), "bytes": stored, "dense_bytes": dense}
 
 
-def read(path: Path) -> dict[tuple, list[dict]]:
+def grid(args: argparse.Namespace) -> None:
+    """Run what the results lack of a task's table, for one seed."""
+    done = {tuple(row[k] for k in ("task", "method", "asked", "teacher", "seed")) for row in read(args.results)}
+    cells = [("dense", 1.0, False)]
+    for teacher in (False, True):
+        cells += [(method, density, teacher) for density in DENSITIES[args.grid] for method in METHODS]
+    for method, density, teacher in cells:
+        if (args.grid, method, density, teacher, args.seed) in done:
+            continue
+        penalty = PENALTIES.get((args.grid, method), {}).get(density)
+        run_and_record(args, task=args.grid, method=method, density=density, teacher=teacher, penalty=penalty)
+
+
+def run_and_record(args: argparse.Namespace, **changes: Any) -> None:
+    args = with_defaults(args, **changes)
+    result = (run_dense if args.method == "dense" else run)(args) | {"asked": args.density}
+    append(args.results, result)
+
+
+def grouped(path: Path) -> dict[tuple, list[dict]]:
+    """Runs of all seeds of a cell, by task, method, distillation and the density that was asked for."""
     groups: dict[tuple, list[dict]] = {}
-    for row in map(json.loads, path.read_text().splitlines()):
-        # soft and L0 land near a density and not on it
-        near = min((0.5, 0.15, 0.1, 0.03), key=lambda d: abs(d - row["density"]) / d)
-        groups.setdefault((row["task"], row["method"], bool(row["teacher"]), near), []).append(row)
+    for row in read(path):
+        groups.setdefault((row["task"], row["method"], row["teacher"], row["asked"]), []).append(row)
     return groups
 
 
 def table(path: Path) -> str:
-    lines = ["| task | method | distilled | density, mean | metric | mean (each seed) | bytes |", "|---|" + "---|" * 6]
-    for (task, method, distilled, _), rows in sorted(read(path).items()):
-        rows = sorted(rows, key=lambda row: row["seed"])
-        density = sum(row["density"] for row in rows) / len(rows)
-        for metric in rows[0]["scores"]:
-            scores = [row["scores"][metric] for row in rows]
-            each = ", ".join(f"{score:.1f}" for score in scores)
-            mean = f"{sum(scores) / len(scores):.1f} ({each})"
-            distil = "yes" if distilled else "no"
-            lines.append(f"| {task} | {method} | {distil} | {density:.3f} | {metric} | {mean} | {rows[0]['bytes']:,} |")
+    """A row for each density and a column for each method; of soft and L0 the density reached, too."""
+    groups, lines = grouped(path), []
+    for task, metrics in (("movies", ["accuracy"]), ("stsb", ["pearson", "spearman"])):
+        for metric, teacher in [(metric, teacher) for metric in metrics for teacher in (False, True)]:
+            lines += [f"\n{task}, {metric}, {'' if teacher else 'not '}distilled\n"]
+            lines += ["| kept | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+            for density in sorted(DENSITIES[task], reverse=True):
+                cells = []
+                for method in METHODS:
+                    rows = groups.get((task, method, teacher, density), [])
+                    reached = f" at {mean([r['density'] for r in rows]):.1%}" if rows and method in PENALISED else ""
+                    cells.append(mean_and_each(rows, metric) + reached)
+                lines.append(f"| {density:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -151,10 +210,9 @@ def plot(path: Path, target: Path) -> None:
     for axes, distilled in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
         for method in METHODS:
             points = []
-            for (task, name, teacher, _), rows in read(path).items():
+            for (task, name, teacher, _), rows in grouped(path).items():
                 if (task, name, teacher) == ("movies", method, distilled):
-                    mean = [sum(r["density"] for r in rows), sum(r["scores"]["accuracy"] for r in rows)]
-                    points.append([value / len(rows) for value in mean])
+                    points.append([mean([r["density"] for r in rows]), mean([r["scores"]["accuracy"] for r in rows])])
             if points:
                 x, y = zip(*sorted(points), strict=True)
                 axes.plot([100 * value for value in x], y, marker="o", label=method)
@@ -172,9 +230,7 @@ if __name__ == "__main__":
         print(table(arguments.results))
     elif arguments.plot:
         plot(arguments.results, arguments.plot)
+    elif arguments.grid:
+        grid(arguments)
     else:
-        result = run(arguments)
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(json.dumps(result))
+        run_and_record(arguments)

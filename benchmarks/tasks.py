@@ -32,5 +32,6 @@ def load_task(task: str, tokenizer: Any) -> tuple[Dataset, Dataset, Any, Any]:
     """Training set, evaluation set, MiniLM with a new head, and the metric of a task (`"movies"` or `"stsb"`)."""
     if task == "movies":
         train_set, eval_set = (tokenize(part, tokenizer) for part in movie_sentences())
-        return train_set, eval_set, load_classifier(minilm_path()), accuracy
-    return pairs("train", tokenizer), pairs("dev", tokenizer), load_classifier(minilm_path(), num_labels=1), correlation
+        return train_set, eval_set.sort("length"), load_classifier(minilm_path()), accuracy
+    model = load_classifier(minilm_path(), num_labels=1)
+    return pairs("train", tokenizer), pairs("dev", tokenizer).sort("length"), model, correlation

@@ -91,6 +91,20 @@ def train(
     return trainer
 
 
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_set: Dataset,
+    compute_metrics: Any = accuracy,
+    output_dir: str = "eval",
+) -> dict[str, float]:
+    """Metrics of a classifier as it is."""
+    args = TrainingArguments(output_dir=output_dir, per_device_eval_batch_size=64, report_to="none", use_cpu=True)
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model=model, args=args, data_collator=collator, compute_metrics=compute_metrics)
+    return trainer.evaluate(eval_set)  # type: ignore[arg-type]
+
+
 def train_pruned(*args: Any, **kwargs: Any) -> PruningTrainer:
     """[`train`] with a [`PruningTrainer`]."""
     return train(*args, trainer_cls=PruningTrainer, **kwargs)  # type: ignore[return-value]
