@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..structure.shrink import removable_units
@@ -61,7 +62,7 @@ def units_alive(model: nn.Module, adapter_name: Optional[str] = None) -> list[Un
         matrix = linear_matrix(module).detach()
         return pruned[module].adapted(adapter_name, matrix) if module in pruned else matrix
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     sites = find_sites(base)
     kinds = [module_kind(site.key) for site in sites]
     common = common_prefix(kinds)
