@@ -24,13 +24,13 @@ class MatrixLayer(PruningLayer):
             return super()._apply_adapters(x)
         name = names[0]
         self._look_at_schedule(name)
-        scores, update = (self.held(kind).get(name) for kind in ("scores", "update"))
-        penalty = None if scores is None else self._take_penalty(name, scores)
-        mask, bias = self.get_mask(name), cast(Optional[torch.Tensor], self.bias)
+        scores, penalty = self._differentiable_scores(name)
+        update, mask = self.update[name] if name in self.update else None, self.get_mask(name)
+        bias = cast(Optional[torch.Tensor], self.bias)
         return MaskedLinear.apply(x, scores, update, self.matrix, bias, mask, penalty, self.block(name))
 
     def _is_selected_in_training(self, name: str) -> bool:
-        trained = name in self.progress and (name in self.scores or name in self.update)
+        trained = name in self.progress and (self.has_scores(name) or name in self.update)
         return trained and not self.pruning_config[name].gated and not self.weight.requires_grad
 
 

@@ -203,7 +203,7 @@ class PruningModel(BaseTuner):
         ):
             warn_once(
                 "not final",
-                f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. "
+                f"Adapter {adapter_name!r} is saved with its scores, not with masks, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

@@ -80,13 +80,17 @@ def _update_adapter(
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
         return report
-    for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
+    renewed = step % config.mask_interval == 0 or step == total
+    counts = kept_weights(name, layers, step, total) if renewed else [layer.kept(name) for layer in layers]
+    for layer, kept in zip(layers, counts, strict=True):
         layer.set_kept(name, kept, step, total)
+        if not renewed:
+            layer.keep_mask(name)
         layer.get_mask(name)  # now, so that compiled forward passes find it
     weight = _penalty_weight(config, step, total)
     if weight and config.learns_scores:
         for layer in layers:
-            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
+            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.score_count(name)))
     return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
 
 
@@ -100,7 +104,7 @@ def penalty(model: nn.Module) -> float:
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
         if config.penalty and step >= 0 and config.learns_scores:
-            means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in layers]
+            means = [sigmoid_penalty(layer.ranking(name).detach(), config.penalty_offset) for layer in layers]
             mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
     return total
@@ -125,7 +129,6 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
     shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
     if config.allocation == "local" or not shared:
         return counts
-    rankings = [layers[i].ranking(name) for i in shared]
     areas = {math.prod(layers[i].block(name)) for i in shared}
     if len(areas) > 1:
         raise ValueError(
@@ -134,10 +137,11 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
         )
     density = densities[shared[0]]
     if config.allocation == "global":
-        allocated = allocate_globally(rankings, density)
+        allocated = allocate_globally([layers[i].ranking(name) for i in shared], density)
     else:
         kinds = [module_kind(layers[i].module_name) for i in shared]
-        allocated = allocate_by_score(rankings, kinds, density, config.temperature)
+        # one after another: scores of low rank are made when they are asked for
+        allocated = allocate_by_score((layers[i].ranking(name) for i in shared), kinds, density, config.temperature)
     for i, count in zip(shared, allocated, strict=True):
         counts[i] = count * min(areas)
     return counts
