@@ -168,8 +168,8 @@ def run(args: argparse.Namespace) -> dict:
     model = get_peft_model(model, make_config(args))
     with tempfile.TemporaryDirectory() as folder:
         trainer = train_pruned(
-            model, tokenizer, train_set, eval_set, lr=1e-3 if frozen(args) else args.lr, steps=args.steps, output_dir=folder,
-            seed=args.seed, use_cpu=True, quiet=True, compute_metrics=metrics, teacher=teacher,
+            model, tokenizer, train_set, eval_set, lr=1e-3 if frozen(args) else args.lr, steps=args.steps,
+            output_dir=folder, seed=args.seed, use_cpu=True, quiet=True, compute_metrics=metrics, teacher=teacher,
             batch_size=args.batch_size,
         )  # fmt: skip
         scores = trainer.evaluate()
