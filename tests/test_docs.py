@@ -17,7 +17,7 @@ from peft_prune import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-WITHOUT_CODE = [ROOT / "docs" / name for name in ("README.md", "reference.md", "support.md", "peft_matrix.md")]
+WITHOUT_CODE = [ROOT / "docs" / name for name in ("README.md", "reference.md", "support.md", "peft_matrix.md", "examples.md")]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -20,7 +20,7 @@ def test_notebook_is_committed_without_outputs():
 
 @pytest.mark.slow
 def test_notebook_runs(tmp_path, monkeypatch):
-    # its modules lie beside it, what it writes goes elsewhere; the kernel is this Python, whatever kernels are installed
+    # its modules lie beside it, what it writes goes elsewhere; the kernel is this Python, whatever is installed
     paths = [str(NOTEBOOK.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

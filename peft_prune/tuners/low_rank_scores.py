@@ -11,7 +11,7 @@ from ..masks.penalty import sigmoid_penalty_grad
 
 
 def low_rank_scores(start: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022, eq. 5, whose `α|W|` is `S₀` with `score_init="magnitude"`).
+    """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022; its `α|W|` is `S₀` of `score_init="magnitude"`).
 
     Args:
         start (`torch.Tensor`): `S₀`, float, shape (rows, columns).
