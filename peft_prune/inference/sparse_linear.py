@@ -58,8 +58,8 @@ class SparseLinear(nn.Module):
         out = self.kernel(flat) if flat.shape[0] else flat.new_empty(0, self.out_features)
         if self.bias is not None:
             out = out + self.bias
-        # the sum has the layout of the transposed product, which a view to 3 dimensions takes as it is
-        return out.reshape(*x.shape[:-1], self.out_features)
+        # rows lie in order again, so that whatever `view` a dense layer's result takes works here
+        return out.contiguous().view(*x.shape[:-1], self.out_features)
 
     def dense(self) -> nn.Module:
         """The ordinary layer: `nn.Linear` or `Conv1D`."""
