@@ -60,9 +60,7 @@ def use_sparse_kernels(
         found = candidates(weight, density, sizes) if 0 < density < 1 else []
         choice = Choice("dense", 1.0)
         if found:
-            # what a measurement depends on, but for which weights are zeros
-            key: tuple[Any, ...] = (type(layer), layer.bias is None, weight.shape, weight.dtype, weight.device)
-            key += (round(math.log(density, 1.1)), tuple(candidate.form for candidate in found))
+            key = _kind(layer, density, found)
             if key not in chosen:
                 chosen[key] = choose(layer, found, sizes, margin, timer or wall_time)
             choice = chosen[key]
@@ -87,6 +85,14 @@ def use_dense_kernels(model: nn.Module) -> nn.Module:
         if isinstance(layer, SparseLinear) and name:
             _replace(model, name, layer.dense())
     return model
+
+
+def _kind(layer: Any, density: float, found: Sequence[Choice]) -> tuple[Any, ...]:
+    """What a measurement depends on: layers of one kind share it."""
+    weight, forms = layer.weight, tuple(candidate.form for candidate in found)
+    return (
+        type(layer), layer.bias is None, weight.shape, weight.dtype, weight.device, round(math.log(density, 1.1)), forms
+    )  # fmt: skip
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
