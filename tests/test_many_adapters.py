@@ -98,7 +98,7 @@ def test_mixed_batches_told_apart_from_mistakes(batch):
     ids = batch["input_ids"]
     with pytest.raises(ValueError, match=r"unknown adapters \['x'\]. Loaded are \['__base__', 'a', 'b'\]"):
         model(input_ids=ids, adapter_names=["a", "x", "b", "a"])
-    with pytest.raises(ValueError, match="3 entries, but the batch has 4 samples"):
+    with pytest.raises(ValueError, match="but got 3 and 4 respectively"):
         model(input_ids=ids, adapter_names=["a", "b", "a"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):

@@ -76,7 +76,7 @@ class PruningLayer(StoredForm):
                     if watched:
                         self._watch.look(name, watched[0], self.progress[name])
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
-            elif name in self.mask:
+            elif self._mask_sources(name):
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))
             else:
                 warn_once("calibrate", self.pruning_config[name].without_mask)

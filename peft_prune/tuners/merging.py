@@ -24,8 +24,8 @@ def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]
         merged = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)).to(weight.dtype))
         if safe_merge and not bool(torch.isfinite(merged).all() and torch.isfinite(weight).all()):
             raise ValueError(
-                f"Weights that are not finite found in {layer.module_name!r} while merging adapter {name!r}. The base "
-                "model or the adapter seems to be broken."
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken, or the base model is: "
+                f"values that are not finite found in {layer.module_name!r}."
             )
         # a mask alone changes what it removes, kept values change everything
         changed = torch.ones_like(mask) if layer.changes_weights(name) else ~mask

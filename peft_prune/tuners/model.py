@@ -196,9 +196,9 @@ class PruningModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        if not config.finalized and not config.trains:
+        if not config.finalized and not config.trains and config.init_weights:
             raise ValueError(config.without_mask)
-        if not config.finalized and not any(
+        if config.trains and not config.finalized and not any(
             m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
         ):
             warn_once(

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..config import PruningConfig
+from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
@@ -103,6 +103,16 @@ class AdapterState(nn.Module, BaseTunerLayer):
         out_features, in_features = self.matrix.shape
         return int(out_features), int(in_features)
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the pruned matrix."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the pruned matrix."""
+        return self.shape[0]
+
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor of the base weight's layout as (out, in), or back."""
         return tensor
@@ -150,7 +160,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
         if config.from_existing_zeros:
             kept = int((matrix != 0).sum())
         else:
-            sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(name)
+            final = DEFAULT_SPARSITY if config.finds_sparsity else self.target_sparsity(name)
+            sparsity = config.initial_sparsity if config.init_weights else final
             kept = self.granularity[name].count(1.0 - sparsity, self.shape)
         self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=matrix.device)
         self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=matrix.device)
