@@ -145,8 +145,14 @@ def test_unloading_with_a_composite_module_to_save(batch):
 def test_safe_merge_tells_of_a_broken_base(bert):
     bert.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
     model = prune(bert)
-    with pytest.raises(ValueError, match="not finite.*layer.0.output.dense"):
+    with pytest.raises(ValueError, match="NaNs detected.*adapter default.*not finite.*layer.0.output.dense"):
         model.merge_adapter(safe_merge=True)
+
+
+@pytest.mark.parametrize(("make", "last"), [(make_bert, (48, 32)), (make_gpt2, (128, 32))])
+def test_layers_say_how_wide_they_are_as_linear_layers_do(make, last):
+    layer = pruning_layers(prune(make()))[-1]
+    assert (layer.in_features, layer.out_features) == last
 
 
 def test_several_adapters(bert, batch):

@@ -102,6 +102,12 @@ def test_soft_keeps_what_is_above_the_threshold(step):
     assert report["sparsity"] == pytest.approx(1 - expected.float().mean().item())
 
 
+def test_random_scores_of_methods_that_find_their_sparsity_prune_half():
+    for variant in ("soft", "l0"):
+        model = get_peft_model(make_bert(), MovementPruningConfig(variant=variant, init_weights=False))
+        assert all(2 * layer.kept("default") == layer.matrix.numel() for layer in pruning_layers(model))
+
+
 def test_soft_leaves_a_least_share_of_each_matrix():
     model, layer, _ = one_layer(variant="soft", min_density=0.05)
     with torch.no_grad():

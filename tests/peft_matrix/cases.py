@@ -10,7 +10,7 @@ import pytest
 from peft_prune import DSEEConfig, MovementPruningConfig, PPruningConfig, SMPConfig
 
 
-DSEE = {"r": 4, "num_sparse": 8, "sparsity": 0.5}
+DSEE = {"r": 4, "num_sparse": 4, "sparsity": 0.5}
 # label: class, and what is given beside targets and task; small ranks, since PEFT's models are tiny
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "SMP": (SMPConfig, {}),

@@ -20,7 +20,7 @@ import pytest
 from peft import LoraConfig
 
 from . import cases
-from .contradictions import contradiction
+from .contradictions import CONTRADICTIONS, contradiction
 from .stand_ins import redirect_hub
 from .suite import PACKAGE
 
@@ -144,6 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
         _records[item.nodeid] = {"method": label, "test": item.nodeid.removeprefix(f"{PACKAGE}/")}
         found = contradiction(label, _records[item.nodeid]["test"])
         if found is not None:
+            _records[item.nodeid]["entry"] = CONTRADICTIONS.index(found)
             item.add_marker(pytest.mark.xfail(reason=found.reason, strict=True))
     config.hook.pytest_deselected(items=others)
     items[:] = kept

@@ -61,7 +61,7 @@ class DSEEModel(PruningModel):
             names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
             if names is None:
                 raise
-            return set(names)
+            return names if isinstance(names, str) else set(names)  # a string is a regular expression
         return {name for site in sites if site.attention for name in (site.attention.query, site.attention.value)}
 
     @staticmethod
