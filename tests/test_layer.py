@@ -147,6 +147,10 @@ def test_safe_merge_tells_of_a_broken_base(bert):
     model = prune(bert)
     with pytest.raises(ValueError, match="NaNs detected.*adapter default.*not finite.*layer.0.output.dense"):
         model.merge_adapter(safe_merge=True)
+    model = prune(make_bert())
+    pruning_layers(model)[0].scores["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected.*adapter default.*query"):
+        model.merge_adapter(safe_merge=True)
 
 
 @pytest.mark.parametrize(("make", "last"), [(make_bert, (48, 32)), (make_gpt2, (128, 32))])

@@ -156,7 +156,10 @@ class AdapterState(nn.Module, BaseTunerLayer):
         if config.learns_scores:
             self.scores[name] = nn.Parameter(initial_scores(matrix, kind, self.block(name)))
         if config.updates_weights:
-            self.update[name] = nn.Parameter(torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device))
+            update = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device)
+            if not (config.init_weights or config.learns_scores or config.from_existing_zeros):
+                update.normal_(0, float(matrix.detach().abs().mean()))  # no score that could be random
+            self.update[name] = nn.Parameter(update)
         if config.from_existing_zeros:
             kept = int((matrix != 0).sum())
         else:

@@ -58,16 +58,16 @@ def markdown(records: Sequence[dict[str, Any]], minutes: float) -> str:
     ]
     return f"""# PEFT's own tests
 
-PEFT tests every method with one matrix of tests. Here it is run with the methods of this package in the place of theirs. The
-tests are those of the source distribution of the installed release, unchanged; a pytest plugin puts our configurations
-into their tables. Models of the Hub are replaced by tiny random ones of the same architecture.
+PEFT tests every method with one matrix of tests. Here it is run with the methods of this package in the place of
+theirs. The tests are those of the source distribution of the installed release, unchanged; a pytest plugin puts our
+configurations into their tables. Tiny random models stand in for those of the Hub, of the same architectures.
 
     make peft-matrix
 
-{datetime.date.today().isoformat()}, {versions}; {minutes:.0f} minutes in one process on a CPU. P-pruning has masks only after
-calibration, so here it is given random ones (`init_weights=False`); on modules without heads and neurons, such as PEFT's
-perceptrons and convolutions, it is refused, and only models of Transformers are in its row. Layers that are not linear are
-not in the matrix.
+{datetime.date.today().isoformat()}, {versions}; {minutes:.0f} minutes in one process on a shared CPU. P-pruning has
+masks only after calibration, so here it is given random ones (`init_weights=False`); on modules without heads and
+neurons, such as PEFT's perceptrons, it is refused, and only models of Transformers are in its row. Convolutions,
+embeddings and `nn.MultiheadAttention` are not in the matrix.
 
 {_table(("method", *OUTCOMES), [*by_method, ["all", *total]])}
 {_table(("module", *OUTCOMES), _by_module(records))}

@@ -49,7 +49,7 @@ class DSEELayer(PruningLayer):
         self.held("A")[name] = nn.Parameter(spread.to(matrix.device))
         start = torch.zeros(part.shape[0], config.r)
         if not config.init_weights:
-            start.normal_(0, 0.02, generator=generator)
+            start.normal_(0, 0.02)  # not seeded, so that two such adapters differ
         self.held("B")[name] = nn.Parameter(start.to(matrix.device))
         if config.num_sparse:
             self.held("sparse")[name] = nn.Parameter(torch.zeros(config.num_sparse, device=matrix.device))
