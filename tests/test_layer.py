@@ -153,6 +153,13 @@ def test_safe_merge_tells_of_a_broken_base(bert):
         model.merge_adapter(safe_merge=True)
 
 
+def test_a_weight_that_is_used_without_calling_its_layer_is_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    with pytest.raises(TypeError, match="self_attn.out_proj.*cannot be pruned"):
+        get_peft_model(copy.deepcopy(model), SMPConfig(target_modules=["out_proj"]))
+    assert get_peft_model(model, SMPConfig()).peft_config["default"].target_modules == {"linear1", "linear2"}
+
+
 @pytest.mark.parametrize(("make", "last"), [(make_bert, (48, 32)), (make_gpt2, (128, 32))])
 def test_layers_say_how_wide_they_are_as_linear_layers_do(make, last):
     layer = pruning_layers(prune(make()))[-1]

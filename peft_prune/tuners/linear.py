@@ -8,6 +8,7 @@ from typing import Optional, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .layer import PruningLayer
@@ -39,6 +40,8 @@ def layer_class_for(
     module: nn.Module, classes: Mapping[type[nn.Module], type[PruningLayer]] = LAYER_CLASSES
 ) -> Optional[type[PruningLayer]]:
     """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention takes its weight and never calls it, so a mask would be passed by
     for base, layer_class in classes.items():
         if isinstance(module, base) and type(module).forward is base.forward:
             return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
