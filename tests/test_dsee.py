@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_shrink import logits
 from test_training import Record, arguments, data
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import DebertaConfig, DebertaModel
 
 from peft_prune import (
     DSEEConfig,
@@ -190,9 +190,11 @@ def test_targets_without_numbered_blocks_or_a_known_anatomy():
     torch.manual_seed(0)
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), DSEEConfig(target_modules=["0"], num_sparse=4))
     assert model.peft_config["default"].prune_target_modules == {"0"}
-    config = GPTJConfig(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    model = get_peft_model(GPTJForCausalLM(config), DSEEConfig(task_type="CAUSAL_LM"))
-    assert model.peft_config["default"].target_modules == {"q_proj", "v_proj"}  # as for LoRA
+    config = DebertaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = get_peft_model(DebertaModel(config), DSEEConfig())
+    assert model.peft_config["default"].target_modules == {"in_proj"}  # as for LoRA
+    with pytest.raises(ValueError, match="specify `target_modules`.*model_type=None live is not known"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), DSEEConfig())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -39,6 +39,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
+        self.training = base_layer.training  # an adapter that is added to a model in eval mode is in eval mode
         self.base_layer = base_layer
         self.prefix = prefix
         self.module_name = module_name

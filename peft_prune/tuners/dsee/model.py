@@ -57,10 +57,13 @@ class DSEEModel(PruningModel):
         """Names of the projections of queries and values; where the anatomy is not known, LoRA's default targets."""
         try:
             sites = find_sites(self.model)
-        except ValueError:
+        except ValueError as error:
             names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
             if names is None:
-                raise
+                raise ValueError(
+                    "Please specify `target_modules`, the modules to update: queries and values, which are the default, "
+                    f"were not found. {error}"
+                ) from error
             return names if isinstance(names, str) else set(names)  # a string is a regular expression
         return {name for site in sites if site.attention for name in (site.attention.query, site.attention.value)}
 
