@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 from unittest import mock
 
 import pytest
@@ -157,19 +158,22 @@ def pytest_runtest_logreport(report: Any) -> None:
     record = _records[report.nodeid]
     record["seconds"] = round(record.get("seconds", 0.0) + report.duration, 3)
     if report.when == "call" or report.outcome != "passed":
-        record["outcome"], record["why"] = _outcome(report)
+        record["outcome"], record["why"] = _outcome(report, record.get("entry"))
 
 
-def _outcome(report: Any) -> tuple[str, str]:
-    if hasattr(report, "wasxfail"):
-        if report.outcome == "skipped":
-            return "contradicts", report.wasxfail
-    if report.outcome == "skipped":
-        return "skipped", str(report.longrepr[2]).removeprefix("Skipped: ")
+def _outcome(report: Any, entry: Optional[int]) -> tuple[str, str]:
+    if report.outcome == "passed":
+        return "passed", ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = crash.message if crash else str(report.longrepr)
     if report.outcome == "failed":
-        text = getattr(report.longrepr, "reprcrash", None)
-        return "failed", text.message if text else str(report.longrepr)
-    return "passed", ""
+        return "failed", message
+    if not hasattr(report, "wasxfail"):
+        return "skipped", str(report.longrepr[2]).removeprefix("Skipped: ")
+    assert entry is not None
+    if re.search(CONTRADICTIONS[entry].error, message):
+        return "contradicts", message
+    return "failed", f"another error than the one that entry {entry} of contradictions.py expects: {message}"
 
 
 def pytest_sessionfinish(session: Any) -> None:

@@ -8,6 +8,7 @@ The tests come from the source distribution of the installed PEFT release; rando
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -15,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
@@ -40,7 +40,7 @@ MODULES = (
 _INI = "[pytest]\nfilterwarnings =\n    error::DeprecationWarning:transformers\n"
 
 
-def run_module(folder: Path, module: str, chosen: Optional[str]) -> list[dict[str, Any]]:
+def run_module(folder: Path, module: str, chosen: Optional[str]) -> dict[str, Any]:
     """Run one module of PEFT's tests in a process of its own.
 
     Args:
@@ -49,12 +49,13 @@ def run_module(folder: Path, module: str, chosen: Optional[str]) -> list[dict[st
         chosen (`str`, *optional*): pytest's `-k`: which tests are run, by default all.
 
     Returns:
-        `list[dict]`: of each test `method`, `test`, `outcome`, `why`, `seconds`.
+        `dict`: `seconds` of wall time, `date`, and of each test in `tests` `method`, `test`, `outcome`, `why`,
+        `seconds`.
 
     Raises:
         RuntimeError: pytest itself failed; the message is its output.
     """
-    results = folder / f"{module}.json"
+    results, start = folder / f"{module}.json", time.perf_counter()
     paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PEFT_MATRIX_RESULTS": str(results), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
@@ -64,45 +65,55 @@ def run_module(folder: Path, module: str, chosen: Optional[str]) -> list[dict[st
     run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if run.returncode not in (0, 1, 5):  # passed, tests failed, none collected
         raise RuntimeError(f"pytest could not run {module}:\n{run.stdout[-3000:]}{run.stderr[-3000:]}")
-    return json.loads(results.read_text())
+    seconds, today = round(time.perf_counter() - start), datetime.date.today().isoformat()
+    return {"seconds": seconds, "date": today, "tests": json.loads(results.read_text())}
 
 
 def run_matrix(
-    modules: Sequence[str] = MODULES, chosen: Optional[str] = None, processes: int = 1
+    modules: Sequence[str] = MODULES, chosen: Optional[str] = None, keep: Optional[Path] = None
 ) -> list[dict[str, Any]]:
-    """Run modules of PEFT's tests, see [`run_module`].
+    """Run modules of PEFT's tests one after another, see [`run_module`].
+
+    Args:
+        modules (`Sequence[str]`): names of the modules.
+        chosen (`str`, *optional*): pytest's `-k`.
+        keep (`Path`, *optional*): folder where the outcome of each module is kept; what is there is not run again.
 
     Raises:
         SuiteUnavailable: PEFT's tests could not be downloaded.
     """
+    parts = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unpack(folder)
         (folder / "pytest.ini").write_text(_INI)
-        with ThreadPoolExecutor(processes) as pool:
-            parts = list(pool.map(lambda module: run_module(folder, module, chosen), modules))
-    return [record for part in parts for record in part]
+        for module in modules:
+            kept = None if keep is None else keep / f"{module}.json"
+            if kept is not None and kept.exists():
+                parts.append(json.loads(kept.read_text()))
+                continue
+            parts.append(run_module(folder, module, chosen))
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(parts[-1], indent=1) + "\n")
+    return parts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--modules", nargs="+", default=list(MODULES), choices=MODULES, help="modules of PEFT's tests")
     parser.add_argument("-k", dest="chosen", help="which tests, as for pytest")
-    parser.add_argument("--processes", type=int, default=1, help="modules that run at a time")
-    parser.add_argument("--json", type=Path, help="file for the outcome of every test")
+    parser.add_argument("--keep", type=Path, help="folder for the outcome of each module, which is not run again then")
     parser.add_argument("--output", type=Path, help="file for the table, as Markdown")
     args = parser.parse_args()
-    start = time.perf_counter()
     try:
-        records = run_matrix(args.modules, args.chosen, args.processes)
+        parts = run_matrix(args.modules, args.chosen, args.keep)
     except SuiteUnavailable as error:
         print(error, file=sys.stderr)
         return 2
-    minutes = (time.perf_counter() - start) / 60
-    if args.json:
-        args.json.write_text(json.dumps({"summary": summary(records), "tests": records}, indent=1) + "\n")
     if args.output:
-        args.output.write_text(markdown(records, minutes))
+        args.output.write_text(markdown(parts))
+    records = [record for part in parts for record in part["tests"]]
     failed = [record for record in records if record["outcome"] == "failed"]
     for record in failed:
         print(f"FAILED {record['test']}\n    {record['why'][:300]}")
