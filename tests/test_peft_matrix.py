@@ -1,17 +1,18 @@
 """A few of PEFT's own tests with our methods in them; `make peft-matrix` runs all."""
 
 import sys
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from peft_matrix import plugin
 from peft_matrix.cases import METHODS
 from peft_matrix.contradictions import CONTRADICTIONS, contradiction
-from peft_matrix.report import OUTCOMES, summary
+from peft_matrix.report import NOT_FETCHED, OUTCOMES, markdown, summary
 from peft_matrix.run import run_matrix
 from peft_matrix.suite import SuiteUnavailable
 
@@ -40,7 +41,46 @@ def test_contradictions_are_told_by_test_and_method():
     assert all(entry.reason.endswith((".", ")")) and entry.error for entry in CONTRADICTIONS)
 
 
-def test_the_summary_counts_every_record():
-    records = [{"method": "SMP", "outcome": outcome} for outcome in OUTCOMES for _ in range(2)]
-    counts = summary([*records, {"method": "DSEE", "outcome": "failed"}])
-    assert counts["SMP"] == dict.fromkeys(OUTCOMES, 2) and Counter(counts["DSEE"])["failed"] == 1
+@pytest.mark.parametrize(
+    ("outcome", "expected", "message", "told"),
+    [
+        ("passed", False, "", "passed"),
+        ("failed", False, "KeyError: 'x'", "failed"),
+        ("failed", False, "OSError: We couldn't connect to 'https://huggingface.co' to load the files", "skipped"),
+        ("failed", False, "[XPASS(strict)] a reason", "failed"),
+        (
+            "skipped",
+            True,
+            "ValueError: Where heads and neurons of model_type='deberta' live is not known.",
+            "contradicts",
+        ),
+        ("skipped", True, "KeyError: 'x'", "failed"),
+    ],
+)
+def test_only_the_error_that_is_listed_is_taken_for_a_contradiction(outcome, expected, message, told):
+    report = SimpleNamespace(outcome=outcome, longrepr=SimpleNamespace(reprcrash=SimpleNamespace(message=message)))
+    if expected:
+        report.wasxfail = "a reason"
+    assert plugin._outcome(report, 0)[0] == told
+
+
+def test_the_page_counts_every_record():
+    tests = [
+        {"method": "SMP", "test": f"test_x.py::test_{i}[SMP]", "outcome": outcome, "why": "w", "entry": 0}
+        for outcome in OUTCOMES
+        for i in range(2)
+    ]
+    tests[OUTCOMES.index("skipped") * 2]["why"] = NOT_FETCHED
+    other = [{"method": "DSEE", "test": "test_y.py::test_z[DSEE]", "outcome": "failed", "why": "w"}]
+    parts = [
+        {"seconds": 90, "date": "2020-01-01", "tests": tests},
+        {"seconds": 30, "date": "2020-01-02", "tests": other},
+    ]
+    counts = summary(tests + other)
+    assert counts["SMP"] == dict.fromkeys(OUTCOMES, 2)
+    assert counts["DSEE"] == dict.fromkeys(OUTCOMES, 0) | {"failed": 1}
+    page = markdown(parts)
+    assert "| SMP | 2 | 2 | 2 | 2 |" in page and "| all | 2 | 3 | 2 | 2 |" in page
+    assert "| `test_x.py` | 2 | 2 | 2 | 2 | 1.5 |" in page and "2020-01-01 to 2020-01-02" in page
+    assert f"| 2 | SMP | `test_0`, `test_1` | {CONTRADICTIONS[0].reason} |" in page
+    assert "1 tests because something of the Hub" in page and f"| 1 | {NOT_FETCHED} |" in page

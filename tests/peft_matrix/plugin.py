@@ -22,11 +22,14 @@ from peft import LoraConfig
 
 from . import cases
 from .contradictions import CONTRADICTIONS, contradiction
+from .report import NOT_FETCHED
 from .stand_ins import redirect_hub
 from .suite import PACKAGE
 
 
 RESULTS = "PEFT_MATRIX_RESULTS"  # environment: file that the outcomes are written to
+# what Hugging Face's libraries say of a file that is neither in their cache nor to be had
+_OFFLINE = "OfflineModeIsEnabled|LocalEntryNotFoundError|[Cc]ouldn't connect to|Cannot reach https"
 _records: dict[str, dict[str, Any]] = {}
 
 
@@ -134,6 +137,7 @@ def _mixed_rows(theirs: Any) -> list[Any]:
     return rows
 
 
+@pytest.hookimpl(trylast=True)  # after `-k`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     kept, others = [], []
     for item in items:
@@ -167,7 +171,7 @@ def _outcome(report: Any, entry: Optional[int]) -> tuple[str, str]:
     crash = getattr(report.longrepr, "reprcrash", None)
     message = crash.message if crash else str(report.longrepr)
     if report.outcome == "failed":
-        return "failed", message
+        return ("skipped", NOT_FETCHED) if re.search(_OFFLINE, message) else ("failed", message)
     if not hasattr(report, "wasxfail"):
         return "skipped", str(report.longrepr[2]).removeprefix("Skipped: ")
     assert entry is not None

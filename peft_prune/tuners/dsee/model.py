@@ -61,8 +61,8 @@ class DSEEModel(PruningModel):
             names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
             if names is None:
                 raise ValueError(
-                    "Please specify `target_modules`, the modules to update: queries and values, which are the default, "
-                    f"were not found. {error}"
+                    "Please specify `target_modules`, the modules to update. By default these are queries and values, "
+                    f"which were not found. {error}"
                 ) from error
             return names if isinstance(names, str) else set(names)  # a string is a regular expression
         return {name for site in sites if site.attention for name in (site.attention.query, site.attention.value)}
