@@ -22,7 +22,7 @@ def test_some_of_pefts_own_tests():
     try:
         (part,) = run_matrix(
             ["test_seq_classifier"],
-            "BertFor and (test_adapter_name or test_save_pretrained or test_forward_with_labels or autocast)",
+            "BertFor and (autocast or test_adapter_name or test_forward_with_labels)",
         )
     except SuiteUnavailable as error:
         pytest.skip(str(error))
@@ -30,8 +30,8 @@ def test_some_of_pefts_own_tests():
     assert not [record for record in records if record["outcome"] == "failed"]
     counts = summary(records)
     assert set(counts) == set(METHODS)
-    assert all(counts[method]["passed"] >= 6 for method in METHODS)
-    assert counts["PPRUNING"]["contradicts"] >= 2 and sum(counts["SMP"].values()) == counts["SMP"]["passed"]
+    assert all(counts[method]["passed"] >= 2 for method in METHODS)
+    assert counts["PPRUNING"]["contradicts"] == 2 and sum(counts["SMP"].values()) == counts["SMP"]["passed"]
 
 
 def test_contradictions_are_told_by_test_and_method():

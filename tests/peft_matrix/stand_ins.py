@@ -24,6 +24,7 @@ _GPT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _DEBERTA = {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32}
 _OPT = {**_SIZES, **_IDS, "init_std": 0.3, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _T5 = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0}
+_T5 |= {"initializer_factor": 3.0}  # wide, too
 _BART = {"vocab_size": 120, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 _BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3, "dropout": 0.0}
 _GEMMA = {**_GROUPED, "head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
