@@ -28,7 +28,11 @@ class MatrixLayer(PruningLayer):
         scores, update = (self.held(kind).get(name) for kind in ("scores", "update"))
         penalty = None if scores is None else self._take_penalty(name, scores)
         mask, bias = self.get_mask(name), cast(Optional[torch.Tensor], self.bias)
-        return MaskedLinear.apply(x, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+        # of more than two dimensions the output would be a view made in the function, and such may not be changed in
+        # place, as DeBERTa does with its queries
+        flat = x.reshape(-1, x.shape[-1])
+        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     def _is_selected_in_training(self, name: str) -> bool:
         trained = name in self.progress and (name in self.scores or name in self.update)
