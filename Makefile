@@ -28,7 +28,7 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/demo.stamp  ## the accuracy table of docs/smp.md; an hour on two cores
 	bash benchmarks/smp_accuracy.sh
 
-peft-matrix: $(VENV)/dev.stamp  ## PEFT's own tests with our methods; writes docs/peft_matrix.md; half an hour
+peft-matrix: $(VENV)/dev.stamp  ## PEFT's own tests with our methods; writes docs/peft_matrix.md; takes long
 	$(BIN)/python tests/peft_matrix/run.py --output docs/peft_matrix.md
 
 $(VENV)/bin/python:
