@@ -75,7 +75,7 @@ class PruningLayer(StoredForm):
             if name in self.progress:
                 self._look_at_schedule(name)
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
-            elif name in self.mask:
+            elif self._mask_sources(name):
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))
             else:
                 warn_once("calibrate", self.pruning_config[name].without_mask)

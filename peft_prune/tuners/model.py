@@ -52,7 +52,7 @@ def default_target_modules(model: nn.Module) -> set[str]:
     if not suffixes:
         raise ValueError(
             f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
-            "(names like 'encoder.layer.0.output.dense'). Name the modules to prune in `target_modules`."
+            "(names like 'encoder.layer.0.output.dense'). Please specify `target_modules`, the modules to prune."
         )
     return suffixes
 
@@ -196,10 +196,12 @@ class PruningModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        if not config.finalized and not config.trains:
+        if not config.finalized and not config.trains and config.init_weights:
             raise ValueError(config.without_mask)
-        if not config.finalized and not any(
-            m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
+        if (
+            config.trains
+            and not config.finalized
+            and not any(m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer))
         ):
             warn_once(
                 "not final",

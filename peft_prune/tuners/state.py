@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..config import PruningConfig
+from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
@@ -43,6 +43,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
+        self.training = base_layer.training  # an adapter that is added to a model in eval mode is in eval mode
         self.base_layer = base_layer
         self.prefix = prefix
         self.module_name = module_name
@@ -109,6 +110,16 @@ class AdapterState(nn.Module, BaseTunerLayer):
         out_features, in_features = self.matrix.shape
         return int(out_features), int(in_features)
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the pruned matrix."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the pruned matrix."""
+        return self.shape[0]
+
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor of the base weight's layout as (out, in), or back."""
         return tensor
@@ -154,11 +165,15 @@ class AdapterState(nn.Module, BaseTunerLayer):
         elif config.learns_scores:
             self.scores[name] = nn.Parameter(initial_scores(matrix, kind, self.block(name)))
         if config.updates_weights:
-            self.update[name] = nn.Parameter(torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device))
+            update = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device)
+            if not (config.init_weights or config.learns_scores or config.from_existing_zeros):
+                update.normal_(0, float(matrix.detach().abs().mean()))  # no score that could be random
+            self.update[name] = nn.Parameter(update)
         if config.from_existing_zeros:
             kept = int((matrix != 0).sum())
         else:
-            sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(name)
+            final = DEFAULT_SPARSITY if config.finds_sparsity else self.target_sparsity(name)
+            sparsity = config.initial_sparsity if config.init_weights else final
             kept = self.granularity[name].count(1.0 - sparsity, self.shape)
         self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=matrix.device)
         self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=matrix.device)
