@@ -9,6 +9,7 @@ from typing import Any, Optional, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,14 +62,17 @@ class Site:
 
 
 def linear_matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer."""
+    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer; dequantised if it has to be."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = cast(torch.Tensor, base.weight)
+    weight = dequantize_module_weight(base)
     return weight.T if isinstance(base, Conv1D) else weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or `Conv1D`, also inside a tuner's layer."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear):  # whose weight may be packed
+        return base.out_features, base.in_features
     rows, columns = linear_matrix(module).shape
     return int(rows), int(columns)
 
