@@ -20,11 +20,11 @@ from .combine import add_combined_adapter
 from .convolution import CONVOLUTIONS
 from .embedding import PrunedEmbedding
 from .heads import head_granularity
-from .layer import PruningLayer
+from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
-from .quantized import PrunedQuantizedLinear
+from .quantized import SUPPORTED, PrunedQuantizedLinear, quantization_of
 from .refusals import check_in_one_place, check_is_called, refuse
 from .schedule import update_schedule
 from .verbalizer import install_verbalizer
@@ -60,6 +60,9 @@ def default_target_modules(model: nn.Module) -> set[str]:
         if not reads_weight_of(model.get_submodule(parent), child):
             suffixes.add(match["suffix"])
     if not suffixes:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and quantization_of(module) not in (None, *SUPPORTED):
+                raise refuse(module, name, LAYER_CLASSES)
         raise ValueError(
             f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
             "(names like 'encoder.layer.0.output.dense'). Name the modules to prune in `target_modules`."

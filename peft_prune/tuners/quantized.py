@@ -33,10 +33,10 @@ def quantization_of(module: nn.Module) -> Optional[str]:
         return "torchao"
     if hasattr(module, "W_q"):
         return "HQQ"
-    if hasattr(module, "qweight"):
-        return f"{type(module).__name__} (GPTQ, AWQ)"
     if type(weight).__module__.startswith("optimum.quanto") or type(module).__module__.startswith("optimum.quanto"):
         return "quanto"
+    if hasattr(module, "qweight"):
+        return f"{type(module).__name__} (GPTQ, AWQ)"
     if isinstance(weight, torch.Tensor) and (not weight.is_floating_point() or weight.element_size() == 1):
         return str(weight.dtype)
     return None
