@@ -9,7 +9,7 @@ from peft import get_peft_model
 from test_movement import sparse_base
 from test_training import Record, arguments, data
 
-from peft_prune import MovementPruningConfig, PruningCallback, PruningTrainer, SMPConfig
+from peft_prune import DSEEConfig, MovementPruningConfig, PruningCallback, PruningTrainer, SMPConfig
 
 
 SPARSE = {"task_type": "SEQ_CLS", "sparsity": 0.8}
@@ -19,6 +19,7 @@ CONFIGS = {
     "global": lambda: SMPConfig(**SPARSE, allocation="global"),
     "hard": lambda: MovementPruningConfig(**SPARSE, granularity="4x4"),
     "l0": lambda: MovementPruningConfig(variant="l0", task_type="SEQ_CLS"),
+    "dsee": lambda: DSEEConfig(r=4, num_sparse=8, sparsity=0.5, task_type="SEQ_CLS"),
     "zeros": lambda: MovementPruningConfig(from_existing_zeros=True, task_type="SEQ_CLS"),
 }
 

@@ -1,7 +1,8 @@
 """Quantised base weights: a mask is applied to what they stand for.
 
-In each forward pass the weight of a layer is dequantised, masked and used, as PEFT does to merge a LoRA. It takes the
-memory of one such matrix at a time, and the time of dequantising it.
+In each forward pass the weight of a layer is dequantised, masked and used, as PEFT does to merge a LoRA. In inference it
+takes the memory of one such matrix at a time, and the time of dequantising it; in training autograd keeps it until the
+backward pass, unless gradient checkpointing is on.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class PrunedQuantizedLinear(PruningLayer):
 
     def _check_weight(self) -> None:
         self._warn_about_hooks()
+
+    def _apply_adapters(self, x: torch.Tensor) -> torch.Tensor:
+        # nothing is cached: masked weights of floating point would undo what quantisation saves
+        return self._apply_weight(x, self.effective_weight(self.weight))
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         bias = self.bias
