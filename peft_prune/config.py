@@ -191,9 +191,9 @@ class PruningConfig(PeftConfig):
     def _check_targets(self) -> None:
         if self.target_parameters:
             raise ValueError(
-                f"target_parameters={self.target_parameters!r} cannot be pruned: masks are put on modules, and these are "
-                "parameters of a module that does more than multiply by them (experts of a mixture, for instance). Use "
-                "target_modules to prune the other layers."
+                f"target_parameters={self.target_parameters!r} cannot be pruned: masks are put on modules, and these "
+                "are parameters of a module that does more than multiply by them (experts of a mixture, for instance). "
+                "Use target_modules to prune the other layers."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

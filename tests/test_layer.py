@@ -250,7 +250,7 @@ BAD_MODELS = [
     ({"target_modules": ["nothing"]}, "nothing.*not found"),
     ({"granularity": "2:4", "target_modules": ["odd"]}, "granularity='2:4'.*'odd' has 30 inputs"),
     ({"sparsity_pattern": {"qurey": 0.5}, "target_modules": ["odd"]}, r"sparsity_pattern\['qurey'\] matches none"),
-    ({"target_modules": ["conv"]}, "'conv' of type Conv2d cannot be pruned"),
+    ({"target_modules": ["conv"]}, "'conv' of type ConvTranspose2d cannot be pruned"),
     ({"target_modules": ["special"]}, "'special' of type Special cannot be pruned"),
     ({}, "target_modules was not given"),
     ({"verbalizer": {"task": "SEQ_CLS"}, "target_modules": ["odd"]}, "verbalizer: Net has no masked-LM head"),
@@ -268,7 +268,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.odd = nn.Linear(30, 8)
-        self.conv = nn.Conv2d(3, 3, 3)
+        self.conv = nn.ConvTranspose2d(3, 3, 3)
         self.special = Special(8, 8)
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_prune import SMPConfig, create_pruning_optimizer, finalize, update_schedule
+from peft_prune.quantization import quantization_of
 from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.quantized import PrunedQuantizedLinear, quantization_of
+from peft_prune.tuners.quantized import PrunedQuantizedLinear
 
 
 KINDS = ("torchao", "bitsandbytes 4-bit", "bitsandbytes 8-bit")
@@ -56,7 +57,9 @@ def test_trains_saves_and_loads(method, kind, tmp_path, batch):
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     model.train()(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
-    moved = [not torch.equal(a, b) for a, b in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True)]
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, (p for p in model.parameters() if p.requires_grad), strict=True)
+    ]
     assert moved and all(moved)
     update_schedule(model, 10, 10)
     finalize(model)
@@ -145,5 +148,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_quantisations_are_refused_by_name(name):
     net = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"lin": OTHERS[name]()})])})
-    with pytest.raises(TypeError, match=rf"'layers.0.lin'.*quantised: {name}.*that can are those of bitsandbytes 4-bit"):
+    with pytest.raises(
+        TypeError, match=rf"'layers.0.lin'.*quantised: {name}.*that can are those of bitsandbytes 4-bit"
+    ):
         get_peft_model(net, SMPConfig(target_modules=["lin"]))

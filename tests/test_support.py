@@ -123,7 +123,9 @@ def test_an_embedding_comes_back(method, tmp_path, batch):
     model = adapter(make_llama(), method, target_modules=["embed_tokens", "lm_head"])
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path), batch), logits(model, batch))
-    assert torch.equal(logits(model.merge_and_unload(), batch), logits(PeftModel.from_pretrained(make_llama(), tmp_path), batch))
+    assert torch.equal(
+        logits(model.merge_and_unload(), batch), logits(PeftModel.from_pretrained(make_llama(), tmp_path), batch)
+    )
 
 
 @pytest.mark.parametrize("target", ["lm_head", "wte"])
@@ -323,7 +325,9 @@ def test_loading_and_unloading(method, final, tmp_path, batch):
         hotswap_adapter(auto, str(tmp_path / "adapter"), "default")
     assert torch.equal(logits(auto, batch), expected)
     plain = auto.unload()
-    assert torch.equal(plain.bert.encoder.layer[0].output.dense.weight, make_bert().bert.encoder.layer[0].output.dense.weight)
+    assert torch.equal(
+        plain.bert.encoder.layer[0].output.dense.weight, make_bert().bert.encoder.layer[0].output.dense.weight
+    )
     assert not pruning_layers(plain)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import dequantized_weight
 from .anatomy import Anatomy, Attention, FeedForward, anatomy_of
 
 
@@ -62,9 +62,9 @@ class Site:
 
 
 def linear_matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer; dequantised if it has to be."""
+    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer; dequantised."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = dequantize_module_weight(base)
+    weight = dequantized_weight(base)
     return weight.T if isinstance(base, Conv1D) else weight
 
 

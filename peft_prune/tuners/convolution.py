@@ -14,7 +14,7 @@ class PrunedConvolution(PruningLayer):
     """A convolution: a row of its matrix is an output channel, and holds a whole kernel for each input channel."""
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view(self.weight.shape) if tensor.dim() == 2 else tensor.flatten(1)
+        return tensor.reshape(self.weight.shape) if tensor.dim() == 2 else tensor.flatten(1)
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return cast(Any, self.get_base_layer())._conv_forward(x, weight, self.bias)  # knows stride, padding, groups

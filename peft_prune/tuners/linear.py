@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import SUPPORTED, quantization_of
 from .layer import PruningLayer
 from .masked_linear import MaskedLinear
-from .quantized import SUPPORTED, PrunedQuantizedLinear, quantization_of
+from .quantized import PrunedQuantizedLinear
 
 
 class MatrixLayer(PruningLayer):

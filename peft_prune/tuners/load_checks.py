@@ -112,8 +112,8 @@ def check_base_weights(info: Mapping[str, Mapping[str, Any]], targets: Mapping[s
     for name, layer in targets.items():
         stored = info[name].get("weights")
         # none in a file of version 1, or if it was quantised; a merged layer shows the pruned weight
-        told = stored is not None and not layer.merged and not layer.quantized
-        same = agrees(layer.matrix, stored) if told else None
+        untold = stored is None or layer.merged or layer.quantized
+        same = None if untold else agrees(layer.matrix, str(stored))
         if same is None:
             unknown.append(name)
         elif not same:

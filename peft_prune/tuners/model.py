@@ -24,50 +24,12 @@ from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
-from .quantized import SUPPORTED, PrunedQuantizedLinear, quantization_of
+from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, refuse
 from .schedule import update_schedule
+from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
 from .watch import warn_once
-from .weight_readers import reads_weight_of
-
-
-# "encoder.layer.3.attention.self.query" -> the part below the block's number
-_IN_BLOCK = re.compile(r"(?:^|.*?\.)[^.\d][^.]*\.\d+\.(?P<suffix>.+)")
-
-
-def default_target_modules(model: nn.Module) -> set[str]:
-    """Suffixes of the linear layers inside the numbered blocks of a model: no head, no pooler, no embeddings.
-
-    Suffixes and not full names, because `layers_to_transform` does not apply to names given in full.
-
-    Raises:
-        ValueError: the model has no such layers.
-    """
-    suffixes = set()
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-        # of what is adapted already, too, only linear layers: others have to be named
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        match = _IN_BLOCK.fullmatch(name)
-        if match is None or layer_class_for(base) is None:
-            continue
-        parent, _, child = name.rpartition(".")
-        if not reads_weight_of(model.get_submodule(parent), child):
-            suffixes.add(match["suffix"])
-    if not suffixes:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and quantization_of(module) not in (None, *SUPPORTED):
-                raise refuse(module, name, LAYER_CLASSES)
-        raise ValueError(
-            f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
-            "(names like 'encoder.layer.0.output.dense'). Name the modules to prune in `target_modules`."
-        )
-    return suffixes
 
 
 class PruningModel(BaseTuner):
@@ -97,7 +59,7 @@ class PruningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and peft_config.granularity == "head":
-            matches = [_IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
+            matches = [IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
             peft_config.target_modules = {match["suffix"] for match in matches if match}
         elif peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)

@@ -1,8 +1,8 @@
 """Quantised base weights: a mask is applied to what they stand for.
 
-In each forward pass the weight of a layer is dequantised, masked and used, as PEFT does to merge a LoRA. In inference it
-takes the memory of one such matrix at a time, and the time of dequantising it; in training autograd keeps it until the
-backward pass, unless gradient checkpointing is on.
+In each forward pass the weight of a layer is dequantised, masked and used, as PEFT does to merge a LoRA. In inference
+it takes the memory of one such matrix at a time, and the time of dequantising it; in training autograd keeps it until
+the backward pass, unless gradient checkpointing is on.
 """
 
 from __future__ import annotations
@@ -11,36 +11,9 @@ from typing import Any, Optional, cast
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight
-from torch import nn
 
+from ..quantization import dequantized_weight, quantization_of
 from .layer import PruningLayer
-
-
-# what PEFT can dequantise, and what is tested here
-SUPPORTED = ("bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao")
-
-
-def quantization_of(module: nn.Module) -> Optional[str]:
-    """What has quantised the weight of a module, such as `"torchao"`; `None` if it is not quantised.
-
-    It is told by names, so that no library of these has to be installed.
-    """
-    weight = getattr(module, "weight", None)
-    kinds = {"Params4bit": "bitsandbytes 4-bit", "Int8Params": "bitsandbytes 8-bit"}
-    if type(weight).__name__ in kinds:
-        return kinds[type(weight).__name__]
-    if type(weight).__module__.startswith("torchao."):
-        return "torchao"
-    if hasattr(module, "W_q"):
-        return "HQQ"
-    if type(weight).__module__.startswith("optimum.quanto") or type(module).__module__.startswith("optimum.quanto"):
-        return "quanto"
-    if hasattr(module, "qweight"):
-        return f"{type(module).__name__} (GPTQ, AWQ)"
-    if isinstance(weight, torch.Tensor) and (not weight.is_floating_point() or weight.element_size() == 1):
-        return str(weight.dtype)
-    return None
 
 
 class PrunedQuantizedLinear(PruningLayer):
@@ -51,7 +24,7 @@ class PrunedQuantizedLinear(PruningLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The dequantised weight: floating point, shape (out, in). Made anew at each access."""
-        return dequantize_module_weight(self.get_base_layer()).detach()
+        return dequantized_weight(self.get_base_layer()).detach()
 
     @property
     def shape(self) -> tuple[int, int]:

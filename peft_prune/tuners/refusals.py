@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .quantized import SUPPORTED, quantization_of
+from ..quantization import SUPPORTED, quantization_of
 from .weight_readers import reads_weight_of
 
 
@@ -19,8 +19,8 @@ def check_is_called(parent: nn.Module, child: str, name: str) -> None:
     """Raise `TypeError` if a module is not called by the one it belongs to, which uses its weight instead."""
     if isinstance(parent, nn.TransformerEncoderLayer) and reads_weight_of(parent, child):
         raise TypeError(
-            f"Module {name!r} cannot be pruned: in eval mode torch.nn.TransformerEncoderLayer has a fast path that takes "
-            "the weights of its children without calling them, and would ignore the mask. Switch it off before, "
+            f"Module {name!r} cannot be pruned: in eval mode torch.nn.TransformerEncoderLayer has a fast path that "
+            "takes the weights of its children without calling them, and would ignore the mask. Switch it off before, "
             "wherever the adapter is used: torch.backends.mha.set_fastpath_enabled(False)."
         )
     if reads_weight_of(parent, child):

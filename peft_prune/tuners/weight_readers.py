@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -19,9 +19,9 @@ _MADE_ONCE = ("__init__", "init_weights", "_init_weights", "reset_parameters", "
 _HARMLESS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "size", "dim", "new_zeros"}
 
 
-@lru_cache(maxsize=None)
-def children_read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the children whose weights the methods of a class read, other than to look at their dtype or the like."""
+@cache
+def children_read_by(kind: type) -> frozenset[str]:
+    """Names of the children whose weights the methods of a class read, not counting looks at dtype and the like."""
     found: set[str] = set()
     for base in kind.__mro__:
         if issubclass(base, nn.Module) and base is not nn.Module:

@@ -12,7 +12,8 @@ from torch import nn
 
 from ...structure.sites import HEADS, find_sites
 from ..layer import pruning_layers
-from ..model import PruningModel, default_target_modules
+from ..model import PruningModel
+from ..targets import default_target_modules
 from .config import DSEEConfig
 from .layer import DSEE_LAYERS, DSEELayer, DSEEQuantizedLinear
 
@@ -56,14 +57,15 @@ class DSEEModel(PruningModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # the fields that PEFT reads, with those that are pruned in the place of those that are updated
-        pruned = copy.copy(peft_config)
+        pruned: Any = copy.copy(peft_config)
         pruned.target_modules = peft_config.prune_target_modules
-        peft_config.prune_target_modules = _maybe_include_all_linear_layers(pruned, model).target_modules
+        pruned = _maybe_include_all_linear_layers(pruned, model)
+        peft_config.prune_target_modules = pruned.target_modules
         super()._prepare_model(peft_config, model)
         if not any(peft_config.prunes(name) for name in self._find_targets(peft_config, model)):
             raise ValueError(
-                f"prune_target_modules={peft_config.prune_target_modules!r} matches no module of the base model. Correct "
-                "the names, or leave it out to prune the linear layers inside the numbered blocks."
+                f"prune_target_modules={peft_config.prune_target_modules!r} matches no module of the base model. "
+                "Correct the names, or leave it out to prune the linear layers inside the numbered blocks."
             )
 
     @staticmethod
