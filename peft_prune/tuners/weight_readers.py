@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Hashable
 from functools import cache
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ _HARMLESS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "si
 
 
 @cache
-def children_read_by(kind: type) -> frozenset[str]:
+def children_read_by(kind: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weights the methods of a class read, not counting looks at dtype and the like."""
     found: set[str] = set()
     for base in kind.__mro__:
@@ -56,4 +58,4 @@ def reads_weight_of(parent: nn.Module, child: str) -> bool:
         return torch.backends.mha.get_fastpath_enabled()
     if not getattr(parent, "slow_but_exact", True):
         return False  # Bloom's way around tensor parallelism, switched off
-    return child in children_read_by(type(parent))
+    return child in children_read_by(cast(Hashable, type(parent)))
