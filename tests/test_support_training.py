@@ -20,11 +20,14 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 2
 
 
-@pytest.mark.parametrize("trainer_cls", [Trainer, PruningTrainer])
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize(
+    ("method", "trainer_cls"),
+    [("smp", Trainer), ("smp", PruningTrainer), ("movement", PruningTrainer), ("dsee", Trainer)],
+)
 def test_trainer_evaluates_and_loads_the_best_model(method, trainer_cls, tmp_path, batch):
     args = arguments(
         tmp_path,
+        max_steps=6,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",
@@ -43,14 +46,12 @@ def test_trainer_evaluates_and_loads_the_best_model(method, trainer_cls, tmp_pat
     )
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    assert sorted(losses) == [2, 4, 6, 8, 10]
+    assert sorted(losses) == [2, 4, 6]
     best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
-    pruned = [step for step in losses if step >= 6]  # the schedules end at 60 % of the steps, or before
+    pruned = [step for step in losses if step >= 4]  # the schedules end at 60 % of the steps, or before
     assert best in pruned and losses[best] == min(losses[step] for step in pruned)
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
-        f"checkpoint-{best}",
-        "checkpoint-10",
-    } or best == 10
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(left) <= 2 and {f"checkpoint-{best}", "checkpoint-6"} <= left
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
     assert trainer.model.peft_config["default"].finalized
     again = PeftModel.from_pretrained(make_bert(), trainer.state.best_model_checkpoint)
@@ -70,7 +71,7 @@ def test_stopping_early_is_told(method, tmp_path):
 
 
 def test_p_pruning_has_nothing_to_train(tmp_path):
-    with pytest.raises(ValueError, match="has final masks already, so there is nothing to train"):
+    with pytest.raises(ValueError, match="no trainable scores: its masks are final"):
         PruningTrainer(
             model=adapter(make_bert(), "ppruning", task_type="SEQ_CLS"), args=arguments(tmp_path), train_dataset=data()
         ).train()
