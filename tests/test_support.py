@@ -129,8 +129,10 @@ def test_an_embedding_comes_back(method, tmp_path, batch):
     )
 
 
-@pytest.mark.parametrize("target", ["lm_head", "wte"])
-@pytest.mark.parametrize("method", ["smp", "movement"])
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("smp", "lm_head"), ("smp", "wte"), ("movement", "lm_head"), ("movement", "wte"), ("dsee", "lm_head")],
+)
 def test_tied_weights_are_used_but_not_merged(method, target, batch):
     base = make_gpt2()
     dense = logits(base, batch)
