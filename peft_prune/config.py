@@ -56,6 +56,9 @@ class PruningConfig(PeftConfig):
             Numbers of the blocks to prune.
         layers_pattern (`Union[list[str], str]`, *optional*):
             Name of the `ModuleList` that holds the blocks, if it is an uncommon one.
+        target_parameters (`list[str]`, *optional*):
+            Not possible, and refused: masks are put on modules. Experts that a mixture-of-experts model holds as
+            parameters stay dense.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained in full and saved beside the masks, for instance the classifier.
         sparsity_pattern (`dict[str, float]`, *optional*):
@@ -142,6 +145,9 @@ class PruningConfig(PeftConfig):
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Name of the ModuleList that holds the blocks."}
     )
+    target_parameters: Optional[list[str]] = field(
+        default=None, metadata={"help": "Not possible with pruning methods, and refused."}
+    )
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the masks, such as the classifier."}
     )
@@ -193,6 +199,12 @@ class PruningConfig(PeftConfig):
         self._check_stored_form()
 
     def _check_targets(self) -> None:
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r} cannot be pruned: masks are put on modules, and these "
+                "are parameters of a module that does more than multiply by them (experts of a mixture, for instance). "
+                "Use target_modules to prune the other layers."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} has no effect without `layers_to_transform`. Give both."

@@ -157,7 +157,13 @@ def test_a_weight_that_is_used_without_calling_its_layer_is_refused():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
     with pytest.raises(TypeError, match="self_attn.out_proj.*cannot be pruned"):
         get_peft_model(copy.deepcopy(model), SMPConfig(target_modules=["out_proj"]))
-    assert get_peft_model(model, SMPConfig()).peft_config["default"].target_modules == {"linear1", "linear2"}
+    with pytest.raises(ValueError, match="specify `target_modules`"):  # in eval mode none of its layers is called
+        get_peft_model(copy.deepcopy(model), SMPConfig())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert get_peft_model(model, SMPConfig()).peft_config["default"].target_modules == {"linear1", "linear2"}
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.parametrize(("make", "last"), [(make_bert, (48, 32)), (make_gpt2, (128, 32))])
@@ -267,7 +273,7 @@ BAD_MODELS = [
     ({"target_modules": ["nothing"]}, "nothing.*not found"),
     ({"granularity": "2:4", "target_modules": ["odd"]}, "granularity='2:4'.*'odd' has 30 inputs"),
     ({"sparsity_pattern": {"qurey": 0.5}, "target_modules": ["odd"]}, r"sparsity_pattern\['qurey'\] matches none"),
-    ({"target_modules": ["conv"]}, "'conv' of type Conv2d cannot be pruned"),
+    ({"target_modules": ["conv"]}, "'conv' of type ConvTranspose2d cannot be pruned"),
     ({"target_modules": ["special"]}, "'special' of type Special cannot be pruned"),
     ({}, "target_modules was not given"),
     ({"verbalizer": {"task": "SEQ_CLS"}, "target_modules": ["odd"]}, "verbalizer: Net has no masked-LM head"),
@@ -285,7 +291,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.odd = nn.Linear(30, 8)
-        self.conv = nn.Conv2d(3, 3, 3)
+        self.conv = nn.ConvTranspose2d(3, 3, 3)
         self.special = Special(8, 8)
 
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from conftest import make_llama
 from datasets import Dataset
+from methods import TRAINED, config
 from peft import PeftModel
 from test_verbalizer import tokenizer
 
-from peft_prune import PruningCallback, SMPConfig
+from peft_prune import PruningCallback
 
 
 @pytest.mark.slow
-def test_sft_trainer_prunes_a_causal_lm(tmp_path):
+@pytest.mark.parametrize("method", TRAINED)
+def test_sft_trainer_prunes_a_causal_lm(method, tmp_path):
     trl = pytest.importorskip("trl")
     texts = Dataset.from_dict({"text": ["it was good film", "it was bad film"] * 16})
     args = trl.SFTConfig(
@@ -34,7 +36,7 @@ def test_sft_trainer_prunes_a_causal_lm(tmp_path):
         args=args,
         train_dataset=texts,
         processing_class=words,
-        peft_config=SMPConfig(task_type="CAUSAL_LM", sparsity=0.8),
+        peft_config=config(method, task_type="CAUSAL_LM", sparsity=0.8),
         callbacks=[PruningCallback()],
     )
     trainer.train()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import dequantized_weight
 from .anatomy import Anatomy, Attention, FeedForward, anatomy_of
 
 
@@ -61,14 +62,17 @@ class Site:
 
 
 def linear_matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer."""
+    """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer; dequantised."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = cast(torch.Tensor, base.weight)
+    weight = dequantized_weight(base)
     return weight.T if isinstance(base, Conv1D) else weight
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of an `nn.Linear` or `Conv1D`, also inside a tuner's layer."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear):  # whose weight may be packed
+        return base.out_features, base.in_features
     rows, columns = linear_matrix(module).shape
     return int(rows), int(columns)
 

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 
+# torch before 2.7 cannot tell
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 class CachedWeight:
     """One tensor, and what it was made from: it is made anew when one of these is another tensor, or was changed.
 
@@ -23,6 +27,8 @@ class CachedWeight:
 
     def get(self, key: Any, sources: list[torch.Tensor], make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tensor that `make` returns, from an earlier call if there was one with the same key and sources."""
+        if self._weight is None and _is_exporting():
+            return make()  # of fake tensors, which are nothing to keep
         if self._weight is None or not torch.compiler.is_compiling():
             self._refresh(key, sources, make)
         assert self._weight is not None

@@ -8,11 +8,12 @@ from typing import Optional, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..quantization import SUPPORTED, quantization_of
 from .layer import PruningLayer
 from .masked_linear import MaskedLinear
+from .quantized import PrunedQuantizedLinear
 
 
 class MatrixLayer(PruningLayer):
@@ -62,12 +63,23 @@ LAYER_CLASSES: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: PrunedLin
 
 
 def layer_class_for(
-    module: nn.Module, classes: Mapping[type[nn.Module], type[PruningLayer]] = LAYER_CLASSES
+    module: nn.Module,
+    classes: Mapping[type[nn.Module], type[PruningLayer]] = LAYER_CLASSES,
+    quantized: Optional[type[PruningLayer]] = PrunedQuantizedLinear,
 ) -> Optional[type[PruningLayer]]:
-    """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention takes its weight and never calls it, so a mask would be passed by
+    """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`.
+
+    Args:
+        module (`nn.Module`): the module.
+        classes (`Mapping`): layer class of each type of module.
+        quantized (`type`, *optional*): layer class of linear layers with a quantised weight.
+    """
+    quantization = quantization_of(module)
+    if quantization is not None:
+        return quantized if quantization in SUPPORTED and isinstance(module, nn.Linear) else None
+    if "weight" not in module._parameters or getattr(module, "max_norm", None) is not None:
+        return None  # a weight that is computed, or changes by itself
     for base, layer_class in classes.items():
         if isinstance(module, base) and type(module).forward is base.forward:
-            return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None
+            return layer_class
     return None

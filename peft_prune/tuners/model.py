@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Optional, cast
 
@@ -16,45 +17,19 @@ from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
+from .convolution import CONVOLUTIONS
+from .embedding import PrunedEmbedding
 from .heads import head_granularity
-from .layer import PruningLayer
+from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
+from .quantized import PrunedQuantizedLinear
+from .refusals import check_in_one_place, check_is_called, refuse
 from .schedule import update_schedule
+from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
 from .watch import warn_once
-
-
-# "encoder.layer.3.attention.self.query" -> the part below the block's number
-_IN_BLOCK = re.compile(r"(?:^|.*?\.)[^.\d][^.]*\.\d+\.(?P<suffix>.+)")
-
-
-def default_target_modules(model: nn.Module) -> set[str]:
-    """Suffixes of the linear layers inside the numbered blocks of a model: no head, no pooler, no embeddings.
-
-    Suffixes and not full names, because `layers_to_transform` does not apply to names given in full.
-
-    Raises:
-        ValueError: the model has no such layers.
-    """
-    suffixes = set()
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-        prunable = isinstance(module, BaseTunerLayer) or layer_class_for(module) is not None
-        match = _IN_BLOCK.fullmatch(name)
-        if prunable and match:
-            suffixes.add(match["suffix"])
-    if not suffixes:
-        raise ValueError(
-            f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
-            "(names like 'encoder.layer.0.output.dense'). Please specify `target_modules`, the modules to prune."
-        )
-    return suffixes
 
 
 class PruningModel(BaseTuner):
@@ -68,7 +43,12 @@ class PruningModel(BaseTuner):
     """
 
     tuner_layer_cls = PruningLayer
-    layer_classes = LAYER_CLASSES
+    layer_classes: Mapping[type[nn.Module], type[PruningLayer]] = {
+        **LAYER_CLASSES,
+        **CONVOLUTIONS,
+        nn.Embedding: PrunedEmbedding,
+    }
+    quantized_layer_class: Optional[type[PruningLayer]] = PrunedQuantizedLinear
     target_module_mapping: dict[str, list[str]] = {}
 
     def update_schedule(self, step: int, total_steps: Optional[int] = None) -> dict[str, float]:
@@ -79,7 +59,7 @@ class PruningModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None and peft_config.granularity == "head":
-            matches = [_IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
+            matches = [IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
             peft_config.target_modules = {match["suffix"] for match in matches if match}
         elif peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
@@ -134,6 +114,9 @@ class PruningModel(BaseTuner):
             if not self._check_target_module_exists(config, name):
                 continue
             targets[name] = module if self._is_own(module) else self._layer_for(module, name)
+            parent, _, child = name.rpartition(".")
+            check_is_called(model.get_submodule(parent), child, name)
+            check_in_one_place(model, name)
         return targets
 
     # ---------------------------------------------------------------- injection
@@ -142,18 +125,9 @@ class PruningModel(BaseTuner):
         return isinstance(module, PruningLayer) and module.prefix == self.prefix
 
     def _layer_for(self, module: nn.Module, name: str) -> PruningLayer:
-        if isinstance(module, BaseTunerLayer):
-            raise TypeError(
-                f"Module {name!r} is adapted already, by {type(module).__module__}.{type(module).__name__}, which a "
-                "mask on its base weight would ignore. Merge that adapter first: model = model.merge_and_unload()."
-            )
-        layer_class = layer_class_for(module, self.layer_classes)
-        if layer_class is None:
-            raise TypeError(
-                f"Module {name!r} of type {type(module).__name__} cannot be pruned. Supported are torch.nn.Linear and "
-                "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
-                "`exclude_modules`."
-            )
+        layer_class = layer_class_for(module, self.layer_classes, self.quantized_layer_class)
+        if layer_class is None or isinstance(module, BaseTunerLayer):
+            raise refuse(module, name, self.layer_classes)
         return layer_class(module, self.prefix, name)
 
     def _create_and_replace(  # type: ignore[override]
@@ -261,10 +235,19 @@ class PruningModel(BaseTuner):
     # ------------------------------------------------------------- refusals
 
     def _check_merge_allowed(self) -> None:
-        tied = self._get_tied_target_modules(self.model)
+        layers = pruning_layers(self)
+        bases = {id(layer.get_base_layer()) for layer in layers}
+        elsewhere = {
+            id(parameter): name
+            for name, module in self.model.named_modules()
+            if id(module) not in bases
+            for parameter in module._parameters.values()
+        }
+        tied = [layer for layer in layers if id(layer.get_base_layer()._parameters.get("weight")) in elsewhere]
         if tied:
+            other = elsewhere[id(tied[0].get_base_layer()._parameters["weight"])]
             raise ValueError(
-                f"{tied} share their weight with the embedding, so merging the mask would prune the embedding too. "
+                f"{tied[0].module_name!r} shares its weight with {other!r}, so merging the mask would prune that too. "
                 "Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
             )
 

@@ -264,6 +264,10 @@ class AdapterState(nn.Module, BaseTunerLayer):
             # held by the cache, so an identity cannot be somebody else's
             if all(old is new for old, new in zip(cached[0], sources, strict=True)):
                 return cached[2]
+        if adapter_name in self.mask and torch.compiler.is_compiling():  # torch.export, whose tensors are fake
+            raise RuntimeError(
+                f"The mask of {self.module_name!r} has not been unpacked yet. Call the model once before torch.export."
+            )
         mask = self._compute_mask(adapter_name)
         self._masks[adapter_name] = (sources, versions, mask)
         return mask

@@ -16,6 +16,8 @@ from .state import AdapterState
 class StoredForm(AdapterState):
     """An [`AdapterState`] that can be made final."""
 
+    quantized = False  # whether the base weight is
+
     @abstractmethod
     def adapted(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) in inference, and when it is merged."""
@@ -71,7 +73,9 @@ class StoredForm(AdapterState):
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """What the config records of a mask of this layer, and the bytes that are stored."""
         stored = encode_mask(mask if block is None else mask_to_blocks(mask, block))
-        return describe_mask(stored, mask, block) | {"weights": fingerprint(self.matrix)}, stored
+        info = describe_mask(stored, mask, block)
+        # what a quantised weight stands for is not what the mask will be compared with on the base model as it was
+        return (info if self.quantized else info | {"weights": fingerprint(self.matrix)}), stored
 
     def changes_weights(self, adapter_name: str) -> bool:
         """Whether an adapter has weights of its own, and not only a mask."""

@@ -14,6 +14,7 @@ from ...masks.codec import pack_mask, unpack_mask
 from ...masks.decomposition import decompose
 from ..layer import PruningLayer
 from ..linear import PrunedLinear, PrunedLinearConv1D
+from ..quantized import PrunedQuantizedLinear
 from ..schedule import sparsity
 from ..watch import warn_once
 from .config import DSEEConfig
@@ -190,8 +191,13 @@ class DSEELinear(DSEELayer, PrunedLinear):
     """`nn.Linear` under DSEE."""
 
 
-class DSEEConv1D(DSEELayer, PrunedLinearConv1D):
+# PEFT's "all-linear" knows a linear layer that is adapted already by "Linear" in the name of its class
+class DSEELinearConv1D(DSEELayer, PrunedLinearConv1D):
     """Transformers' `Conv1D` under DSEE."""
 
 
-DSEE_LAYERS: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: DSEELinear, Conv1D: DSEEConv1D}
+class DSEEQuantizedLinear(DSEELayer, PrunedQuantizedLinear):
+    """A linear layer with a quantised weight under DSEE."""
+
+
+DSEE_LAYERS: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: DSEELinear, Conv1D: DSEELinearConv1D}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, Optional, cast
 
 import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from ...structure.sites import HEADS, find_sites
 from ..layer import pruning_layers
-from ..model import PruningModel, default_target_modules
+from ..model import PruningModel
+from ..targets import default_target_modules
 from .config import DSEEConfig
-from .layer import DSEE_LAYERS, DSEELayer
+from .layer import DSEE_LAYERS, DSEELayer, DSEEQuantizedLinear
 
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class DSEEModel(PruningModel):
 
     prefix = "dsee_"
     layer_classes = DSEE_LAYERS
+    quantized_layer_class = DSEEQuantizedLinear
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -66,6 +70,19 @@ class DSEEModel(PruningModel):
                 ) from error
             return names if isinstance(names, str) else set(names)  # a string is a regular expression
         return {name for site in sites if site.attention for name in (site.attention.query, site.attention.value)}
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        # the fields that PEFT reads, with those that are pruned in the place of those that are updated
+        pruned: Any = copy.copy(peft_config)
+        pruned.target_modules = peft_config.prune_target_modules
+        pruned = _maybe_include_all_linear_layers(pruned, model)
+        peft_config.prune_target_modules = pruned.target_modules
+        super()._prepare_model(peft_config, model)
+        if not any(peft_config.prunes(name) for name in self._find_targets(peft_config, model)):
+            raise ValueError(
+                f"prune_target_modules={peft_config.prune_target_modules!r} matches no module of the base model. "
+                "Correct the names, or leave it out to prune the linear layers inside the numbered blocks."
+            )
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:

@@ -129,6 +129,8 @@ def _set_masks(
         size, left = size + mask.numel(), left + int(columns.sum()) * out_features
     config.mask_info, config.mask_format, config.finalized = info, VERSION, True
     config.sparsity = 1.0 - left / size
+    for layer in layers.values():
+        layer.get_mask(name)  # now, so that compiled forward passes find it
 
 
 def _shares(plans: list[Plan], kept: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ...structure.sites import find_sites
@@ -36,7 +37,8 @@ class PPruningModel(PruningModel):
     """
 
     prefix = "ppruning_"
-    layer_classes = PPRUNING_LAYERS
+    layer_classes = PPRUNING_LAYERS  # heads and neurons end in linear layers
+    quantized_layer_class = None  # and go for good
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = args[0] if args else kwargs["model"]
@@ -53,7 +55,9 @@ class PPruningModel(PruningModel):
         return super().merge_and_unload(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        if peft_config.target_modules is None:
+        targets = peft_config.target_modules
+        # "all-linear" is all there is to prune here
+        if targets is None or isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # below the block, so that `layers_to_transform` applies
             peft_config.target_modules = {site.output.removeprefix(site.block + ".") for site in find_sites(self.model)}
         return peft_config
