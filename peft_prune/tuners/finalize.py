@@ -11,6 +11,7 @@ from ..config import PruningConfig
 from ..masks.codec import VERSION
 from .layer import PruningLayer, pruning_layers
 from .schedule import sparsity, trained_adapters
+from .distributed import gathered
 
 
 def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
@@ -36,9 +37,9 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     for name, layers in adapters.items():
         config = layers[0].pruning_config[name]
         _warn_if_target_missed(name, layers, config)
-        for layer in layers:
+        for layer in gathered(model, layers, config.needs_weights):
             layer.get_mask(name)  # scores that cannot be ranked are told before the first layer is changed
-        config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
+        config.mask_info = {layer.module_name: layer.finalize(name) for layer in gathered(model, layers, True)}
         config.finalized, config.mask_format = True, VERSION
 
 

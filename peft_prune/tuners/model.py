@@ -206,7 +206,11 @@ class PruningModel(BaseTuner):
                 f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.finalized:  # of what was sharded in training, scores and updates are still there
+            gone = (f".{cls.prefix}scores.", f".{cls.prefix}update.")
+            found = {key: tensor for key, tensor in found.items() if not any(part in key for part in gone)}
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -13,6 +13,7 @@ from ..masks.allocation import allocate_by_score, allocate_globally
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
 from .layer import PruningLayer, pruning_layers
+from .distributed import gathered
 
 
 def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
@@ -80,12 +81,12 @@ def _update_adapter(
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
         return report
-    for layer, kept in zip(layers, kept_weights(name, layers, step, total), strict=True):
-        layer.set_kept(name, kept, step, total)
-        layer.get_mask(name)  # now, so that compiled forward passes find it
     weight = _penalty_weight(config, step, total)
-    if weight and config.learns_scores:
-        for layer in layers:
+    kept = kept_weights(model, name, layers, step, total)
+    for layer, count in zip(gathered(model, layers, config.needs_weights), kept, strict=True):
+        layer.set_kept(name, count, step, total)
+        layer.get_mask(name)  # now, so that compiled forward passes find it
+        if weight and config.learns_scores:
             layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
     return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
 
@@ -100,7 +101,8 @@ def penalty(model: nn.Module) -> float:
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
         if config.penalty and step >= 0 and config.learns_scores:
-            means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in layers]
+            whole = gathered(model, layers)
+            means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in whole]
             mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
     return total
@@ -110,14 +112,14 @@ def _penalty_weight(config: PruningConfig, step: int, total_steps: int) -> float
     return Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total_steps)
 
 
-def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
+def kept_weights(model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
     """Number of weights that each layer keeps at a step: schedule and allocation together."""
     config = layers[0].pruning_config[name]
     if config.from_existing_zeros:
         return [layer.kept(name) for layer in layers]
     threshold = config.score_threshold_at(step, total_steps)
     if threshold is not None:
-        return [_above(layer, name, threshold, config.min_density) for layer in layers]
+        return [_above(layer, name, threshold, config.min_density) for layer in gathered(model, layers)]
     densities = [
         1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
     ]
@@ -125,7 +127,8 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
     shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
     if config.allocation == "local" or not shared:
         return counts
-    rankings = [layers[i].ranking(name) for i in shared]
+    alike = [layers[i] for i in shared]
+    rankings = [layer.ranking(name) for layer in gathered(model, alike, config.needs_weights)]
     areas = {math.prod(layers[i].block(name)) for i in shared}
     if len(areas) > 1:
         raise ValueError(

@@ -59,6 +59,10 @@ class AdapterState(nn.Module, BaseTunerLayer):
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # where parameters are split among processes: what is left of them here, by adapter; see `distributed.py`
+        self.shards: dict[str, tuple[torch.Tensor, ...]] = {}
+        self.is_whole = False
+        self._shape: tuple[int, int] = (0, 0)
         self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
@@ -100,8 +104,10 @@ class AdapterState(nn.Module, BaseTunerLayer):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the pruned matrix."""
-        out_features, in_features = self.matrix.shape
-        return int(out_features), int(in_features)
+        if self.weight.dim() == 2:
+            out_features, in_features = self.matrix.shape
+            self._shape = int(out_features), int(in_features)
+        return self._shape  # of a weight that FSDP has flattened, what it was before
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor of the base weight's layout as (out, in), or back."""
@@ -195,7 +201,9 @@ class AdapterState(nn.Module, BaseTunerLayer):
     def ranking(self, adapter_name: str) -> torch.Tensor:
         """What decides which blocks stay, the largest first: float, shape (out / rows, in / columns)."""
         if adapter_name in self.scores:
-            return self.scores[adapter_name]
+            scores = self.scores[adapter_name]
+            # what was gathered is gone soon, and FSDP cannot free what NumPy has seen
+            return scores.detach().clone() if self.is_whole else scores
         magnitude = self._updated(adapter_name, self.matrix).detach().abs()
         return pool(magnitude, self.block(adapter_name))
 
@@ -216,6 +224,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
         """What the mask follows from: it is computed anew when one of these changes."""
+        if adapter_name in self.shards and adapter_name not in self.mask:
+            return (*self.shards[adapter_name], self.progress[adapter_name])
         holders = (self.mask,) if adapter_name in self.mask else (self.scores, self.update, self.progress)
         return tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
 
@@ -224,6 +234,12 @@ class AdapterState(nn.Module, BaseTunerLayer):
         if adapter_name in self.mask:
             info = (config.mask_info or {})[self.module_name]
             return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
+        if adapter_name in self.shards and not self.is_whole:
+            raise RuntimeError(
+                f"The scores of {self.module_name!r} are split among processes and have changed since the schedule was "
+                "advanced, so the mask in force is not known here. Call peft_prune.update_schedule(model, step) after "
+                "each optimizer step, in every process; PruningCallback does."
+            )
         if config.from_existing_zeros:
             return self.matrix != 0
         block = self.block(adapter_name)

@@ -12,6 +12,7 @@ from ...masks.selection import topk_mask
 from ...structure.clustering import least_first
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
+from ..distributed import all_gathered
 from ..layer import pruning_layers
 from ..schedule import sparsity
 from .config import DSEEConfig
@@ -38,6 +39,17 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
         raise ValueError(f"prune_once: adapter_name={adapter_name!r} is no DSEE adapter that is not final.")
     config = cast(DSEEConfig, waiting[0].pruning_config[name])
     pruned = [layer for layer in waiting if config.prunes(layer.module_name)]
+    with all_gathered(model, waiting):
+        masks = _choose(model, name, config, waiting, pruned)
+    for layer in waiting:
+        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
+    return sparsity(cast(Any, pruned), name)
+
+
+def _choose(
+    model: nn.Module, name: str, config: DSEEConfig, waiting: list[Any], pruned: list[Any]
+) -> dict[str, torch.Tensor]:
+    """Masks (bool, (out, in)) by module: one threshold for each of the two groups, then heads and neurons."""
     masks = {layer.module_name: torch.ones(layer.shape, dtype=torch.bool) for layer in waiting}
     rates = (config.sparsity, config.sparsity if config.update_sparsity is None else config.update_sparsity)
     for updated, rate in zip((False, True), rates, strict=True):
@@ -47,9 +59,7 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
         _smallest_go(values, float(rate or 0), masks)
     if config.structured:
         _remove_units(model, name, config, waiting, masks)
-    for layer in waiting:
-        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
-    return sparsity(cast(Any, pruned), name)
+    return masks
 
 
 def _rows(name: str, layer: Any, updated: bool) -> torch.Tensor:
