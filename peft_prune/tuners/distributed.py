@@ -92,8 +92,8 @@ def _units(model: nn.Module, layers: Sequence[Any]) -> dict[int, nn.Module]:
         for name, part in layer.named_modules():
             if part is not layer and isinstance(part, (FSDPModule, FullyShardedDataParallel)):
                 raise ValueError(
-                    f"FSDP wraps {name!r} inside the pruned layer {layer.module_name!r} as a unit of its own, so weight "
-                    "and scores are never whole together. Wrap whole blocks: "
+                    f"FSDP wraps {name!r} inside the pruned layer {layer.module_name!r} as a unit of its own, so "
+                    "weight and scores are never whole together. Wrap whole blocks: "
                     "fsdp_config={'transformer_layer_cls_to_wrap': ['BertLayer']}, or your model's class of blocks."
                 )
     owners: dict[int, nn.Module] = {}

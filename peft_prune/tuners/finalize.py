@@ -9,9 +9,9 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.codec import VERSION
+from .distributed import gathered
 from .layer import PruningLayer, pruning_layers
 from .schedule import sparsity, trained_adapters
-from .distributed import gathered
 
 
 def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:

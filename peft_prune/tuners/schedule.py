@@ -12,8 +12,8 @@ from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
-from .layer import PruningLayer, pruning_layers
 from .distributed import gathered
+from .layer import PruningLayer, pruning_layers
 
 
 def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:

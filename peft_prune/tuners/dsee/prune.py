@@ -7,6 +7,7 @@ from typing import Any, Optional, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...masks.selection import topk_mask
 from ...structure.clustering import least_first
@@ -34,6 +35,7 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     # only DSEE's layers hold bits
     layers: list[Any] = [layer for layer in pruning_layers(model) if "bits" in layer.stored_names]
     name = adapter_name or (layers[0].active_adapters[0] if layers else "")
+    model = _unwrapped(model)
     waiting = [layer for layer in layers if name in layer.held("bits")]
     if not waiting:
         raise ValueError(f"prune_once: adapter_name={adapter_name!r} is no DSEE adapter that is not final.")
@@ -60,6 +62,24 @@ def _choose(
     if config.structured:
         _remove_units(model, name, config, waiting, masks)
     return masks
+
+
+def check_units(model: nn.Module, name: str, layers: list[Any]) -> None:
+    """Raise `ValueError` if heads and neurons are to go, and cannot be found in this model."""
+    if not layers[0].pruning_config[name].structured:
+        return
+    if any(path.endswith("_fsdp_wrapped_module") for path, _ in model.named_modules()):
+        raise ValueError(
+            "heads_to_prune, neuron_sparsity: heads and neurons are looked up by name, and FSDP version 1 renames the "
+            "modules. Use fsdp_config={'version': 2}, or sparsity alone."
+        )
+    with all_gathered(model, layers):
+        find_sites(_unwrapped(model))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in `DistributedDataParallel`, which hides the config."""
+    return cast(nn.Module, model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def _rows(name: str, layer: Any, updated: bool) -> torch.Tensor:

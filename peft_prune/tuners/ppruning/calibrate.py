@@ -26,8 +26,8 @@ def calibrate(
     """Choose the heads and neurons that stay, and make the masks final.
 
     Runs the model on `config.num_samples` examples and compares the activations of `config.num_tokens` tokens of them;
-    memory does not grow with the data. Adapters of other kinds stay in force meanwhile. Of several processes, all have to
-    call it, and all get the choice of the first.
+    memory does not grow with the data. Adapters of other kinds stay in force meanwhile. Of several processes, all have
+    to call it, and all get the choice of the first.
 
     Args:
         model (`nn.Module`): any model with a [`PPruningConfig`] adapter that is not calibrated yet.
