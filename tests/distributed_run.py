@@ -17,6 +17,7 @@ from test_dsee import SMALL
 from test_movement import sparse_base
 from test_ppruning import batches
 from test_training import Record, arguments, data
+from torch.distributed.fsdp import FullStateDictConfig
 
 from peft_prune import (
     DSEEConfig,
@@ -50,6 +51,7 @@ FSDP = {
 }
 STRATEGIES = ("ddp", *FSDP)
 STEPS, SAVED, KILLED = 6, 3, 4
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def allow_fsdp_on_cpu():
@@ -63,6 +65,8 @@ def allow_fsdp_on_cpu():
             PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
 
     AcceleratorState.__init__ = init
+    # FSDP1 hands out views instead of copies when "offloading" from a CPU to the CPU, and then frees their memory
+    FullStateDictConfig.offload_to_cpu = property(lambda self: False, lambda self, value: None)
 
 
 class Watch(Record):
@@ -85,10 +89,13 @@ class Watch(Record):
 
 def train(folder, name, strategy, batch_size, interrupt=False, resume=None, **changes):
     torch.manual_seed(0)
-    model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), CONFIGS[name]())
-    if strategy in FSDP:
-        config = dict(FSDP[strategy], transformer_layer_cls_to_wrap=["BertLayer"], sync_module_states=False)
-        changes |= {"fsdp": True, "fsdp_config": config}
+    config = CONFIGS[name]()
+    if strategy == "fsdp1":
+        config.task_type = None  # the head stays as it is: what FSDP1 wraps beside the adapter is refused
+    model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), config)
+    if strategy in FSDP and WORLD > 1:
+        fsdp = dict(FSDP[strategy], transformer_layer_cls_to_wrap=["BertLayer"], sync_module_states=False)
+        changes |= {"fsdp": True, "fsdp_config": fsdp}
     args = arguments(folder, max_steps=STEPS, per_device_train_batch_size=batch_size, max_grad_norm=0.0, **changes)
     watch = Watch(interrupt)
     callbacks = [PruningCallback(), watch]

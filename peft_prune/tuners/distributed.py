@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, Optional
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .state import AdapterState
@@ -30,7 +31,7 @@ def gathered(model: nn.Module, layers: Sequence[Any], frozen: bool = False) -> I
         frozen (`bool`): whether frozen parameters, the base weights, are needed too.
 
     Raises:
-        ValueError: a pruning layer is itself cut apart, because its base layer is a unit of its own.
+        ValueError: FSDP wraps something that cannot be pruned, or not be saved, that way.
     """
     if not _several_processes():
         yield from layers
@@ -86,6 +87,17 @@ def _several_processes() -> bool:
 
 def _units(model: nn.Module, layers: Sequence[Any]) -> dict[int, nn.Module]:
     """FSDP's unit of each layer, the innermost FSDP module around it, by the layer's identity."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    _check_wrapping(model, layers)
+    owners: dict[int, nn.Module] = {}
+    for unit in model.modules():  # outer ones come first
+        if isinstance(unit, FullyShardedDataParallel):
+            owners |= {id(part): unit for part in unit.modules()}
+    return {id(layer): owners[id(layer)] for layer in layers if id(layer) in owners}
+
+
+def _check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     for layer in layers:
@@ -96,11 +108,14 @@ def _units(model: nn.Module, layers: Sequence[Any]) -> dict[int, nn.Module]:
                     "weight and scores are never whole together. Wrap whole blocks: "
                     "fsdp_config={'transformer_layer_cls_to_wrap': ['BertLayer']}, or your model's class of blocks."
                 )
-    owners: dict[int, nn.Module] = {}
-    for unit in model.modules():  # outer ones come first
-        if isinstance(unit, FullyShardedDataParallel):
-            owners |= {id(part): unit for part in unit.modules()}
-    return {id(layer): owners[id(layer)] for layer in layers if id(layer) in owners}
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            if any(isinstance(part, FullyShardedDataParallel) for part in wrapper.modules()):
+                raise ValueError(
+                    f"{name!r} is trained in full beside the adapter (modules_to_save) and wrapped by FSDP version 1, "
+                    "from which PEFT cannot save it: one process would wait for the others forever. Use FSDP version "
+                    "2, fsdp_config={'version': 2}, or train no such module."
+                )
 
 
 @contextmanager
