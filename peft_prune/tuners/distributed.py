@@ -70,6 +70,11 @@ def agreed(choice: Any) -> Any:
     return choices[0]
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what FSDP1 and its activation checkpointing put into it; state dicts are without, too."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def refuse_sharded(layers: Sequence[Any], what: str) -> None:
     """Raise `ValueError` if base weights are split among processes, where `what` needs them whole."""
     for layer in layers:

@@ -16,6 +16,7 @@ from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
+from .distributed import plain_name
 from .heads import head_granularity
 from .layer import PruningLayer
 from .linear import LAYER_CLASSES, layer_class_for
@@ -154,6 +155,11 @@ class PruningModel(BaseTuner):
                 "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
                 "`exclude_modules`."
             )
+        if hasattr(module.weight, "ds_id"):
+            raise ValueError(
+                f"The weight of {name!r} is split among processes by DeepSpeed ZeRO-3 already, so it cannot be looked "
+                "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
+            )
         return layer_class(module, self.prefix, name)
 
     def _create_and_replace(  # type: ignore[override]
@@ -218,7 +224,7 @@ class PruningModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check what was read before any of it is copied into the model."""
         stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
+        layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
         check_stored_state(stored, layers, config, cls.prefix, adapter_name)
         return stored
 

@@ -62,7 +62,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
         # where parameters are split among processes: what is left of them here, by adapter; see `distributed.py`
         self.shards: dict[str, tuple[torch.Tensor, ...]] = {}
         self.is_whole = False
-        self._shape: tuple[int, int] = (0, 0)
+        self._shape = tuple(self.matrix.shape)  # as long as it is known: FSDP flattens weights
         self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
@@ -104,10 +104,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the pruned matrix."""
-        if self.weight.dim() == 2:
-            out_features, in_features = self.matrix.shape
-            self._shape = int(out_features), int(in_features)
-        return self._shape  # of a weight that FSDP has flattened, what it was before
+        out_features, in_features = self.matrix.shape if self.weight.dim() == 2 else self._shape
+        return int(out_features), int(in_features)
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor of the base weight's layout as (out, in), or back."""
