@@ -17,7 +17,6 @@ from test_dsee import SMALL
 from test_movement import sparse_base
 from test_ppruning import batches
 from test_training import Record, arguments, data
-from torch.distributed.fsdp import FullStateDictConfig
 
 from peft_prune import (
     DSEEConfig,
@@ -45,11 +44,13 @@ CONFIGS = {
     "dsee": lambda: DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.5, **SMALL),
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
-FSDP = {
-    "fsdp1": {"version": 1, "use_orig_params": True, "reshard_after_forward": "FULL_SHARD"},
-    "fsdp2": {"version": 2},
+BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
+STRATEGIES = ("ddp", "fsdp")
+REFUSED = {
+    "fsdp1": BLOCKS | {"version": 1, "use_orig_params": True, "sync_module_states": False},
+    "checkpointing": BLOCKS | {"activation_checkpointing": True},
+    "linears": {"transformer_layer_cls_to_wrap": ["Linear"]},
 }
-STRATEGIES = ("ddp", *FSDP)
 STEPS, SAVED, KILLED = 6, 3, 4
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -61,12 +62,14 @@ def allow_fsdp_on_cpu():
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.fsdp_plugin, self.distributed_type, self.device = fsdp_plugin, DistributedType.FSDP, torch.device("cpu")
+            self.fsdp_plugin, self.distributed_type, self.device = (
+                fsdp_plugin,
+                DistributedType.FSDP,
+                torch.device("cpu"),
+            )
             PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
 
     AcceleratorState.__init__ = init
-    # FSDP1 hands out views instead of copies when "offloading" from a CPU to the CPU, and then frees their memory
-    FullStateDictConfig.offload_to_cpu = property(lambda self: False, lambda self, value: None)
 
 
 class Watch(Record):
@@ -90,12 +93,9 @@ class Watch(Record):
 def train(folder, name, strategy, batch_size, interrupt=False, resume=None, **changes):
     torch.manual_seed(0)
     config = CONFIGS[name]()
-    if strategy == "fsdp1":
-        config.task_type = None  # the head stays as it is: what FSDP1 wraps beside the adapter is refused
     model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), config)
-    if strategy in FSDP and WORLD > 1:
-        fsdp = dict(FSDP[strategy], transformer_layer_cls_to_wrap=["BertLayer"], sync_module_states=False)
-        changes |= {"fsdp": True, "fsdp_config": fsdp}
+    if strategy != "ddp":
+        changes |= {"fsdp": True, "fsdp_config": dict(REFUSED.get(strategy, BLOCKS))}
     args = arguments(folder, max_steps=STEPS, per_device_train_batch_size=batch_size, max_grad_norm=0.0, **changes)
     watch = Watch(interrupt)
     callbacks = [PruningCallback(), watch]
@@ -117,6 +117,15 @@ def record(folder, name, strategy, batch_size, suffix="", **changes):
     trainer.save_model(str(folder / f"{strategy}-{name}{suffix}-adapter-of-{world}"))
 
 
+def refused(folder):
+    """What each wrapping that is refused says, and when."""
+    said = {}
+    for strategy in REFUSED:
+        try:
+            train(folder / "out", "local", strategy, 16)
+        except ValueError as error:
+            said[strategy] = str(error)
+    torch.save(said, folder / f"refused-{PartialState().process_index}.pt")
 
 
 def calibrated(folder):
@@ -143,12 +152,13 @@ def killed(folder, batch_size, strategies):
 def everything(folder, batch_size, strategies):
     for strategy in strategies:
         for name in CONFIGS:
-            if (strategy, name) != ("fsdp1", "dsee-units"):  # refused
-                record(folder, name, strategy, batch_size)
+            record(folder, name, strategy, batch_size)
         checkpoint = folder / f"{strategy}-killed" / f"checkpoint-{SAVED}"
         if checkpoint.exists():
             record(folder, "score", strategy, batch_size, suffix="-resumed", resume=str(checkpoint))
     calibrated(folder)
+    if WORLD > 1:
+        refused(folder)
 
 
 if __name__ == "__main__":

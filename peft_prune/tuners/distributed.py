@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import groupby
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .state import AdapterState
@@ -26,38 +24,30 @@ def gathered(model: nn.Module, layers: Sequence[Any], frozen: bool = False) -> I
     out the same on all, because all see the same numbers.
 
     Args:
-        model (`nn.Module`): the model that the layers are in, as FSDP or `accelerator.prepare` returned it.
+        model (`nn.Module`): the model that the layers are in.
         layers: pruning layers of it.
         frozen (`bool`): whether frozen parameters, the base weights, are needed too.
 
     Raises:
-        ValueError: FSDP wraps something that cannot be pruned, or not be saved, that way.
+        ValueError: FSDP has wrapped the model in a way that cannot be pruned or saved.
     """
     if not _several_processes():
         yield from layers
         return
-    units = _units(model, layers)
-    for _, group in groupby(layers, key=lambda layer: id(units.get(id(layer)))):
-        members = list(group)
-        with _whole_unit(model, members, units.get(id(members[0]))):
-            for layer in members:
-                with _whole_layer(layer, frozen):
-                    yield layer
+    _check_wrapping(model, layers)
+    for layer in layers:
+        with _whole(layer, frozen):
+            yield layer
 
 
 @contextmanager
 def all_gathered(model: nn.Module, layers: Sequence[Any]) -> Iterator[None]:
-    """All layers whole at once, for what compares weights of different ones."""
-    if not _several_processes():
-        yield
-        return
-    units = _units(model, layers)
+    """All layers whole at once, base weights too, for what compares weights of different ones."""
     with ExitStack() as stack:
-        for unit in {id(unit): unit for unit in units.values()}.values():
-            members = [layer for layer in layers if units.get(id(layer)) is unit]
-            stack.enter_context(_whole_unit(model, members, unit))
+        if _several_processes():
+            _check_wrapping(model, layers)
         for layer in layers:
-            stack.enter_context(_whole_layer(layer, True))
+            stack.enter_context(_whole(layer, True))
         yield
 
 
@@ -68,11 +58,6 @@ def agreed(choice: Any) -> Any:
     choices = [choice]
     torch.distributed.broadcast_object_list(choices)
     return choices[0]
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what FSDP1 and its activation checkpointing put into it; state dicts are without, too."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def refuse_sharded(layers: Sequence[Any], what: str) -> None:
@@ -90,77 +75,50 @@ def _several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _units(model: nn.Module, layers: Sequence[Any]) -> dict[int, nn.Module]:
-    """FSDP's unit of each layer, the innermost FSDP module around it, by the layer's identity."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    _check_wrapping(model, layers)
-    owners: dict[int, nn.Module] = {}
-    for unit in model.modules():  # outer ones come first
-        if isinstance(unit, FullyShardedDataParallel):
-            owners |= {id(part): unit for part in unit.modules()}
-    return {id(layer): owners[id(layer)] for layer in layers if id(layer) in owners}
-
-
 def _check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        raise ValueError(
+            "The model is wrapped by FSDP version 1, from which PEFT saves adapters without any tensors. Use version 2: "
+            "fsdp_config={'version': 2} in TrainingArguments (the default), "
+            "FullyShardedDataParallelPlugin(fsdp_version=2), or `fsdp_version: 2` in Accelerate's config."
+        )
+    if any(name.endswith("_checkpoint_wrapped_module") for name, _ in model.named_modules()):
+        raise ValueError(
+            "Activation checkpointing of FSDP renames modules, and PEFT then saves adapters without any tensors. Use "
+            "TrainingArguments(gradient_checkpointing=True), or model.gradient_checkpointing_enable()."
+        )
     for layer in layers:
         for name, part in layer.named_modules():
-            if part is not layer and isinstance(part, (FSDPModule, FullyShardedDataParallel)):
+            if part is not layer and isinstance(part, FSDPModule):
                 raise ValueError(
                     f"FSDP wraps {name!r} inside the pruned layer {layer.module_name!r} as a unit of its own, so "
                     "weight and scores are never whole together. Wrap whole blocks: "
                     "fsdp_config={'transformer_layer_cls_to_wrap': ['BertLayer']}, or your model's class of blocks."
                 )
-    for name, wrapper in model.named_modules():
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            if any(isinstance(part, FullyShardedDataParallel) for part in wrapper.modules()):
-                raise ValueError(
-                    f"{name!r} is trained in full beside the adapter (modules_to_save) and wrapped by FSDP version 1, "
-                    "from which PEFT cannot save it: one process would wait for the others forever. Use FSDP version "
-                    "2, fsdp_config={'version': 2}, or train no such module."
-                )
 
 
 @contextmanager
-def _whole_unit(model: nn.Module, layers: list[Any], unit: Optional[nn.Module]) -> Iterator[None]:
-    """Parameters of a unit of FSDP1."""
-    if unit is None:
-        yield
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-
-    for layer in layers:
-        _note_shards(layer)
-    root = next(part for part in model.modules() if isinstance(part, FSDP))
-    # whichever unit is looked at first would take itself for the root
-    first = FSDP.summon_full_params(root, recurse=False, writeback=False) if root is not unit else nullcontext()
-    with first:
-        pass
-    with FSDP.summon_full_params(unit, recurse=False, writeback=False), _marked_whole(layers):
-        yield
-
-
-@contextmanager
-def _whole_layer(layer: Any, frozen: bool) -> Iterator[None]:
-    """Parameters of a layer under FSDP2 or ZeRO-3."""
-    from torch.distributed.tensor import DTensor
-
+def _whole(layer: Any, frozen: bool) -> Iterator[None]:
+    """Parameters of a layer as one process would have them."""
     places = [(module, key, p) for module in layer.modules() for key, p in module._parameters.items() if p is not None]
     wanted = [place for place in places if frozen or place[2].requires_grad]
-    split = [place for place in wanted if isinstance(place[2], DTensor)]
+    split = [place for place in wanted if hasattr(place[2], "full_tensor")]
     partitioned = [p for _, _, p in wanted if hasattr(p, "ds_id")]
     if not split and not partitioned:
         yield
         return
     _note_shards(layer)
-    with _zero3(partitioned), _marked_whole([layer]):
+    with _zero3(partitioned):
+        layer.is_whole = True
         try:
             for module, key, p in split:
-                module._parameters[key] = nn.Parameter(p.full_tensor().detach(), p.requires_grad)  # type: ignore[attr-defined]
+                whole = p.full_tensor().detach()  # type: ignore[operator]
+                module._parameters[key] = nn.Parameter(whole, p.requires_grad)
             yield
         finally:
+            layer.is_whole = False
             for module, key, p in split:
                 module._parameters[key] = p
 
@@ -171,17 +129,6 @@ def _zero3(parameters: list[Any]) -> AbstractContextManager[Any]:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
-
-
-@contextmanager
-def _marked_whole(layers: list[Any]) -> Iterator[None]:
-    for layer in layers:
-        layer.is_whole = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.is_whole = False
 
 
 def _note_shards(layer: AdapterState) -> None:

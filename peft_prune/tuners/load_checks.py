@@ -90,7 +90,7 @@ def _check_tensor(
             check_values(layer.module_name, found, info["values"])
         else:
             check_stored(layer.module_name, found, info)
-    elif layer.weight.dim() == 2 and tuple(found.shape) != tuple(place.shape):  # FSDP1 checks what it has flattened
+    elif tuple(found.shape) != tuple(place.shape):
         raise MaskFormatError(
             f"The {kind} of {layer.module_name!r} are {tuple(found.shape)} in the file but {tuple(place.shape)} in "
             "this model: the adapter was made for another one."

@@ -16,7 +16,6 @@ from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
-from .distributed import plain_name
 from .heads import head_granularity
 from .layer import PruningLayer
 from .linear import LAYER_CLASSES, layer_class_for
@@ -224,7 +223,7 @@ class PruningModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check what was read before any of it is copied into the model."""
         stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
         check_stored_state(stored, layers, config, cls.prefix, adapter_name)
         return stored
 

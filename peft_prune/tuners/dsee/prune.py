@@ -68,11 +68,6 @@ def check_units(model: nn.Module, name: str, layers: list[Any]) -> None:
     """Raise `ValueError` if heads and neurons are to go, and cannot be found in this model."""
     if not layers[0].pruning_config[name].structured:
         return
-    if any(path.endswith("_fsdp_wrapped_module") for path, _ in model.named_modules()):
-        raise ValueError(
-            "heads_to_prune, neuron_sparsity: heads and neurons are looked up by name, and FSDP version 1 renames the "
-            "modules. Use fsdp_config={'version': 2}, or sparsity alone."
-        )
     with all_gathered(model, layers):
         find_sites(_unwrapped(model))
 
