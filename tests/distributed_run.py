@@ -33,7 +33,7 @@ from peft_prune.tuners.layer import pruning_layers
 
 SPARSE = {"task_type": "SEQ_CLS", "sparsity": 0.8}
 CONFIGS = {
-    "local": lambda: SMPConfig(**SPARSE, allocation="local"),
+    "local": lambda: SMPConfig(**SPARSE, allocation="local", penalty=0.0),
     "score": lambda: SMPConfig(**SPARSE, allocation="score"),
     "global": lambda: SMPConfig(**SPARSE, allocation="global"),
     "hard": lambda: MovementPruningConfig(**SPARSE, granularity="4x4"),
@@ -72,6 +72,17 @@ def allow_fsdp_on_cpu():
     AcceleratorState.__init__ = init
 
 
+def zero(stage, batch_size):
+    """Configuration of DeepSpeed for a float32 training."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": 1,
+    }
+
+
 class Watch(Record):
     """Masks after each step; whether anything is sharded; under DDP what DSEE trains; and the interruption."""
 
@@ -82,9 +93,9 @@ class Watch(Record):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         super().on_step_end(args, state, control, model=model)
         layers = pruning_layers(model)
-        self.sharded = any(p.dim() == 1 or hasattr(p, "full_tensor") for p in (layer.weight for layer in layers))
-        self.trained.append([layer.held(k)["default"].detach().clone() for layer in layers if layer.held("A")
-                             for k in ("A", "B", "sparse")] if "A" in layers[0].trained_names else [])  # fmt: skip
+        self.sharded = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in (layer.weight for layer in layers))
+        dsee = [layer for layer in layers if "A" in layer.trained_names and layer.held("A") and not self.sharded]
+        self.trained.append([layer.held(k)["default"].detach().clone() for layer in dsee for k in ("A", "B", "sparse")])
         self.penalties.append(penalty(model))
         if self.interrupt and state.global_step == KILLED:
             raise KeyboardInterrupt
@@ -94,7 +105,9 @@ def train(folder, name, strategy, batch_size, interrupt=False, resume=None, **ch
     torch.manual_seed(0)
     config = CONFIGS[name]()
     model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), config)
-    if strategy != "ddp":
+    if strategy.startswith("zero"):
+        changes |= {"deepspeed": zero(int(strategy[-1]), batch_size)}
+    elif strategy != "ddp":
         changes |= {"fsdp": True, "fsdp_config": dict(REFUSED.get(strategy, BLOCKS))}
     args = arguments(folder, max_steps=STEPS, per_device_train_batch_size=batch_size, max_grad_norm=0.0, **changes)
     watch = Watch(interrupt)

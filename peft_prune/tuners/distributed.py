@@ -80,8 +80,8 @@ def _check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
 
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
         raise ValueError(
-            "The model is wrapped by FSDP version 1, from which PEFT saves adapters without any tensors. Use version 2: "
-            "fsdp_config={'version': 2} in TrainingArguments (the default), "
+            "The model is wrapped by FSDP version 1, from which PEFT saves adapters without any tensors. Use version "
+            "2: fsdp_config={'version': 2} in TrainingArguments (the default), "
             "FullyShardedDataParallelPlugin(fsdp_version=2), or `fsdp_version: 2` in Accelerate's config."
         )
     if any(name.endswith("_checkpoint_wrapped_module") for name, _ in model.named_modules()):
