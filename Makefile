@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint docs format bench clean
 
 demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
 	$(BIN)/python examples/quickstart.py
@@ -17,6 +17,9 @@ lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs.stamp  ## the documentation as a site, in site/; broken links and names fail
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -36,5 +39,9 @@ $(VENV)/dev.stamp: $(VENV)/bin/python $(SETUP)
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/docs.stamp: $(VENV)/bin/python $(SETUP)
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
+from .tuners.cached_weight import cache_masked_weights
 from .tuners.dsee import DSEEConfig, DSEEModel, prune_once
 from .tuners.finalize import finalize
 from .tuners.keep_zeros import merge_keeping_zeros
@@ -43,6 +44,7 @@ __all__ = [
     "PruningTrainer",
     "SMPConfig",
     "SMPModel",
+    "cache_masked_weights",
     "calibrate",
     "create_pruning_optimizer",
     "distillation_loss",

@@ -71,13 +71,17 @@ def allocate_by_score(
     groups: dict[str, list[int]] = defaultdict(list)
     for i, kind in enumerate(kinds):
         groups[kind].append(i)
-    means = torch.stack([torch.sigmoid(s.detach().float() / temperature).mean() for s in scores]).tolist()
+    means = torch.stack([_mean_sigmoid(s.detach().float(), temperature) for s in scores]).tolist()
     counts = [0] * len(scores)
     for members in groups.values():
         sizes = [scores[i].numel() for i in members]
         for i, count in zip(members, share_by_weight(sizes, [means[i] for i in members], density), strict=True):
             counts[i] = count
     return counts
+
+
+def _mean_sigmoid(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    return torch.sigmoid(scores if temperature == 1 else scores / temperature).mean()
 
 
 def allocate_globally(scores: Sequence[torch.Tensor], density: float) -> list[int]:

@@ -13,4 +13,4 @@ def sigmoid_penalty(scores: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
 def sigmoid_penalty_grad(scores: torch.Tensor, coefficient: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
     """Gradient of `coefficient · sum(σ(S − offset))`: `coefficient · σ · (1 − σ)`, shape and dtype of `scores`."""
     probability = torch.sigmoid(scores - offset if offset else scores)
-    return probability * (1 - probability) * coefficient.to(scores.dtype)
+    return probability.addcmul_(probability, probability, value=-1).mul_(coefficient.to(scores.dtype))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torch import nn
 
-from ..tuners.layer import pruning_layers
+from ..tuners.layer import PruningLayer, pruning_layers
 from ..tuners.schedule import module_kind
 
 
@@ -48,13 +48,23 @@ def layer_densities(model: nn.Module, adapter_name: Optional[str] = None) -> lis
     Raises:
         ValueError: the adapter is not there.
     """
+    name, layers = pruned_layers(model, adapter_name)
+    return density_rows((layer.module_name, layer.shape, layer.kept(name)) for layer in layers)
+
+
+def pruned_layers(model: nn.Module, adapter_name: Optional[str] = None) -> tuple[str, list[PruningLayer]]:
+    """Name of an adapter, by default of the active one, and the layers that have it.
+
+    Raises:
+        ValueError: the adapter is not there.
+    """
     layers = pruning_layers(model)
     if adapter_name is None and layers:
         adapter_name = layers[0].active_adapters[0]
     layers = [layer for layer in layers if adapter_name in layer._get_available_adapters()]
     if adapter_name is None or not layers:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has no such pruning adapter.")
-    return density_rows((layer.module_name, layer.shape, layer.kept(adapter_name)) for layer in layers)
+    return adapter_name, layers
 
 
 def stored_densities(mask_info: Mapping[str, Mapping[str, Any]]) -> list[LayerDensity]:
@@ -65,7 +75,7 @@ def stored_densities(mask_info: Mapping[str, Mapping[str, Any]]) -> list[LayerDe
 def density_rows(matrices: Iterable[tuple[str, tuple[int, int], int]]) -> list[LayerDensity]:
     """Rows from (module name, shape, weights kept); kinds without what all of them begin with."""
     found = [(name, shape, kept, module_kind(name)) for name, shape, kept in matrices]
-    common = _common_prefix([kind for *_, kind in found])
+    common = common_prefix([kind for *_, kind in found])
     rows = []
     for name, shape, kept, kind in found:
         number = re.search(r"\.(\d+)\.", name)
@@ -73,7 +83,8 @@ def density_rows(matrices: Iterable[tuple[str, tuple[int, int], int]]) -> list[L
     return rows
 
 
-def _common_prefix(kinds: list[str]) -> str:
+def common_prefix(kinds: list[str]) -> str:
+    """What all dotted names begin with, up to a dot, so that a part of each is left."""
     split = [kind.split(".") for kind in set(kinds)]
     shared = 0
     while len({tuple(parts[: shared + 1]) for parts in split}) == 1 and all(len(p) > shared + 1 for p in split):

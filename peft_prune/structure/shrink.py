@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, cast
 
 import torch
@@ -20,26 +20,29 @@ _COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 _WIDTHS = ("all_head_size", "split_size", "inner_dim")
 
 
-def removable_units(model: nn.Module, site: Site) -> torch.Tensor:
+def removable_units(
+    model: nn.Module, site: Site, matrix_of: Callable[[nn.Module], torch.Tensor] = linear_matrix
+) -> torch.Tensor:
     """Units that contribute exactly nothing.
 
     A unit is idle when all its columns of the output projection are zero, or when a head's rows of the values are,
     their bias included.
 
     Args:
-        model (`nn.Module`): a model without tuner layers.
+        model (`nn.Module`): a model without tuner layers, unless `matrix_of` sees through them.
         site ([`Site`]): where to look.
+        matrix_of (`Callable`): the weight (out, in) that a linear layer computes with.
 
     Returns:
         `torch.Tensor`: bool, shape (units,), on the CPU.
     """
     modules = dict(model.named_modules())
-    columns = linear_matrix(modules[site.output])[:, site.columns.flatten()] != 0
+    columns = matrix_of(modules[site.output])[:, site.columns.flatten()] != 0
     idle = ~columns.any(0).view(site.units, -1).any(1)
     if site.kind == HEADS and site.attention is not None and not site.attention.fused:
         name = site.output.removesuffix(site.attention.output) + site.attention.value
         values = modules[name]
-        active = (linear_matrix(values) != 0).any(1)
+        active = (matrix_of(values) != 0).any(1)
         if values.bias is not None:
             active |= cast(torch.Tensor, values.bias) != 0
         idle |= ~active[site.rows[name].to(active.device)].any(1)

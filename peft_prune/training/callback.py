@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
+from ..report.summary import by_kind, layer_densities
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
 from ..tuners.schedule import penalty, trained_adapters, update_schedule
@@ -64,13 +65,23 @@ class PruningCallback(TrainerCallback):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def report(self, model: Any) -> dict[str, float]:
-        """Sparsity, λ and penalty at present."""
-        return self.last | {"penalty": penalty(model)}
+        """Sparsity, λ, penalty and the density of each kind of matrix at present: what is logged.
+
+        Returns:
+            `dict[str, float]`: `sparsity`, `penalty_lambda`, `penalty`, and for each kind of matrix `density/` and its
+            name, such as `density/attention.self.query`. Sparsity and densities are those of the first active adapter.
+        """
+        adapters = trained_adapters(model)
+        if not adapters:
+            return self.last | {"penalty": 0.0}
+        kinds = by_kind(layer_densities(model, next(iter(adapters))))[:-1]  # the last is all of them together
+        densities = {f"density/{kind}": kept / size for kind, size, kept, *_ in kinds}
+        return self.last | {"penalty": penalty(model)} | densities
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: Any = None, logs: Optional[dict] = None, **kwargs: Any
     ) -> None:
-        """Add sparsity and penalty to what the `Trainer` logs; `PruningTrainer` has done so for all callbacks."""
+        """Add sparsity, penalty and densities to what is logged; `PruningTrainer` has done so for all callbacks."""
         if logs is not None and "loss" in logs and "sparsity" not in logs:
             report = self.report(model)
             logs.update(report)

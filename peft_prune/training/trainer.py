@@ -68,7 +68,7 @@ class PruningTrainer(Trainer):
             self.add_callback(self.pruning_callback)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with sparsity and penalty beside the training loss, so that every reporter shows them."""
+        """Log, with sparsity, penalty and densities beside the training loss, so that every reporter shows them."""
         if "loss" in logs:
             logs = logs | self.pruning_callback.report(self.model)
         super().log(logs, *args, **kwargs)

@@ -33,6 +33,7 @@ class PruningLayer(StoredForm):
         # an unpacked mask is eight times its stored form: keep those in use only
         self._masks = {name: mask for name, mask in self._masks.items() if name in self.active_adapters}
         self._values = {name: value for name, value in self._values.items() if name in self.active_adapters}
+        self.cached_weight.clear()
 
     # ----------------------------------------------------------------- penalty
 
@@ -71,16 +72,20 @@ class PruningLayer(StoredForm):
             )
         for name in names:
             if name in self.progress:
-                if self.training and self.pruning_config[name].init_weights:
-                    watched = [self.held(kind)[name] for kind in self.trained_names if name in self.held(kind)]
-                    if watched:
-                        self._watch.look(name, watched[0], self.progress[name])
+                self._look_at_schedule(name)
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
             elif name in self.mask:
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))
             else:
                 warn_once("calibrate", self.pruning_config[name].without_mask)
         return weight
+
+    def _look_at_schedule(self, name: str) -> None:
+        """Warn if an adapter is trained while nobody advances its schedule."""
+        if self.training and self.pruning_config[name].init_weights:
+            watched = [self.held(kind)[name] for kind in self.trained_names if name in self.held(kind)]
+            if watched:
+                self._watch.look(name, watched[0], self.progress[name])
 
     def _trained(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What training sees of a matrix (out, in), with gradients for scores and update."""
@@ -141,7 +146,26 @@ class PruningLayer(StoredForm):
         if self.merged or not self._get_available_adapters().intersection(self.active_adapters):
             return self.base_layer(x, *args, **kwargs)
         self._check_weight()
-        return self._apply_weight(x, self.effective_weight(self.weight))
+        return self._apply_adapters(x)
+
+    def _apply_adapters(self, x: torch.Tensor) -> torch.Tensor:
+        """What the active adapters together make of an input."""
+        if self.training or torch.is_grad_enabled() or not self.cached_weight.enabled:
+            return self._apply_weight(x, self.effective_weight(self.weight))
+        names = [name for name in self.active_adapters if name in self.pruning_config]
+        sources = [self.weight]
+        for name in names:
+            sources += self._mask_sources(name)
+            if name in self.values:
+                sources.append(self.values[name])
+        weight = self.cached_weight.get(names, sources, lambda: self.effective_weight(self.weight))
+        return self._apply_weight(x, weight)
+
+    def train(self, mode: bool = True) -> Any:
+        """As for every module; training lets go of the weight that inference had cached."""
+        if mode:
+            self.cached_weight.clear()
+        return super().train(mode)
 
     # ------------------------------------------------------------------- merge
 
@@ -155,6 +179,7 @@ class PruningLayer(StoredForm):
         Raises:
             ValueError: `safe_merge` found values that are not finite; nothing was changed then.
         """
+        self.cached_weight.clear()
         merging.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:

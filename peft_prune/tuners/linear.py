@@ -11,16 +11,37 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layer import PruningLayer
+from .masked_linear import MaskedLinear
 
 
-class PrunedLinear(PruningLayer):
+class MatrixLayer(PruningLayer):
+    """A layer that multiplies its input by its matrix and does nothing else with it."""
+
+    def _apply_adapters(self, x: torch.Tensor) -> torch.Tensor:
+        names = [name for name in self.active_adapters if name in self.pruning_config]
+        # several at once, gates, and what adds its update to the output have no use for the lean function
+        if len(names) != 1 or not torch.is_grad_enabled() or not self._is_selected_in_training(names[0]):
+            return super()._apply_adapters(x)
+        name = names[0]
+        self._look_at_schedule(name)
+        scores, update = (self.held(kind).get(name) for kind in ("scores", "update"))
+        penalty = None if scores is None else self._take_penalty(name, scores)
+        mask, bias = self.get_mask(name), cast(Optional[torch.Tensor], self.bias)
+        return MaskedLinear.apply(x, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+
+    def _is_selected_in_training(self, name: str) -> bool:
+        trained = name in self.progress and (name in self.scores or name in self.update)
+        return trained and not self.pruning_config[name].gated and not self.weight.requires_grad
+
+
+class PrunedLinear(MatrixLayer):
     """`nn.Linear` seen through a mask."""
 
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight, self.bias)
 
 
-class PrunedLinearConv1D(PruningLayer):
+class PrunedLinearConv1D(MatrixLayer):
     """Transformers' `Conv1D` (GPT-2), whose weight is (in, out), seen through a mask."""
 
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,35 @@ from ..masks.granularity import pool
 from ..masks.penalty import sigmoid_penalty_grad
 
 
+def masked(matrix: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`matrix ⊙ mask`: the dtype of `matrix`; `mask` is bool, of the same shape."""
+    # on a CPU a product with bytes is vectorised, and takes half the time of one with bools
+    return matrix * mask.view(torch.uint8)
+
+
+def score_gradient(
+    grad: torch.Tensor,
+    matrix: torch.Tensor,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    penalty: Optional[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """`∂L/∂Ŵ ⊙ W`, summed over blocks, and the gradient of the penalty where there is one.
+
+    Args:
+        grad (`torch.Tensor`): `∂L/∂Ŵ`, shape (out, in); overwritten.
+        matrix (`torch.Tensor`): `W`, shape (out, in).
+        dtype (`torch.dtype`): that of the scores.
+        block (`tuple[int, int]`): rows and columns that share a score.
+        penalty (`tuple`, *optional*): the scores, and the factor (0-dim) of `σ'(S)`.
+
+    Returns:
+        `torch.Tensor`: `dtype`, shape (out / rows, in / columns).
+    """
+    result = pool(grad.to(dtype).mul_(matrix), block)
+    return result if penalty is None else result.add_(sigmoid_penalty_grad(*penalty))
+
+
 class MaskedWeight(torch.autograd.Function):
     """`Ŵ = W ⊙ M`, with `∂L/∂S = ∂L/∂Ŵ ⊙ W` straight through the selection and `∂L/∂W = ∂L/∂Ŵ ⊙ M`.
 
@@ -45,7 +74,7 @@ class MaskedWeight(torch.autograd.Function):
         # forward pass of a step has no penalty. Both are leaves, so nothing leaks.
         ctx.penalty = penalty if penalty is None else (scores, penalty)
         ctx.scores_dtype, ctx.block = scores.dtype, block
-        return weight * mask
+        return masked(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
@@ -53,11 +82,9 @@ class MaskedWeight(torch.autograd.Function):
         weight, mask = ctx.saved_tensors
         grad_scores = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_scores = pool((grad * weight).to(ctx.scores_dtype), ctx.block)
-            if ctx.penalty is not None:
-                grad_scores += sigmoid_penalty_grad(*ctx.penalty)
+            grad_scores = score_gradient(grad.clone(), weight, ctx.scores_dtype, ctx.block, ctx.penalty)
         if ctx.needs_input_grad[1]:
-            grad_weight = grad * mask
+            grad_weight = masked(grad, mask)
         return grad_scores, grad_weight, None, None, None
 
 

@@ -14,6 +14,7 @@ from ..config import PruningConfig
 from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
+from .cached_weight import CachedWeight
 from .watch import ScheduleWatch
 
 
@@ -57,6 +58,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
         self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self.cached_weight = CachedWeight()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # where parameters are split among processes: what is left of them here, by adapter; see `distributed.py`
