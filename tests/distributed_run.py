@@ -106,7 +106,7 @@ def train(folder, name, strategy, batch_size, interrupt=False, resume=None, **ch
     config = CONFIGS[name]()
     model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), config)
     if strategy.startswith("zero"):
-        changes |= {"deepspeed": zero(int(strategy[-1]), batch_size)}
+        changes |= {"deepspeed": zero(int(strategy[-1]), batch_size), "use_cpu": False}
     elif strategy != "ddp":
         changes |= {"fsdp": True, "fsdp_config": dict(REFUSED.get(strategy, BLOCKS))}
     args = arguments(folder, max_steps=STEPS, per_device_train_batch_size=batch_size, max_grad_norm=0.0, **changes)

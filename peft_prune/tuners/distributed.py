@@ -17,36 +17,29 @@ from torch import nn
 from .state import AdapterState
 
 
-def gathered(model: nn.Module, layers: Sequence[Any], frozen: bool = False) -> Iterator[Any]:
+def gathered(layers: Sequence[Any], frozen: bool = False) -> Iterator[Any]:
     """Yield layers one by one, each with whole parameters of full precision until the next one is asked for.
 
     Where nothing is sharded the layers are yielded as they are. Otherwise every process has to get here, and masks come
     out the same on all, because all see the same numbers.
 
     Args:
-        model (`nn.Module`): the model that the layers are in.
-        layers: pruning layers of it.
+        layers: pruning layers.
         frozen (`bool`): whether frozen parameters, the base weights, are needed too.
-
-    Raises:
-        ValueError: FSDP has wrapped the model in a way that cannot be pruned or saved.
     """
     if not _several_processes():
         yield from layers
         return
-    _check_wrapping(model, layers)
     for layer in layers:
         with _whole(layer, frozen):
             yield layer
 
 
 @contextmanager
-def all_gathered(model: nn.Module, layers: Sequence[Any]) -> Iterator[None]:
+def all_gathered(layers: Sequence[Any]) -> Iterator[None]:
     """All layers whole at once, base weights too, for what compares weights of different ones."""
     with ExitStack() as stack:
-        if _several_processes():
-            _check_wrapping(model, layers)
-        for layer in layers:
+        for layer in layers if _several_processes() else ():
             stack.enter_context(_whole(layer, True))
         yield
 
@@ -71,11 +64,29 @@ def refuse_sharded(layers: Sequence[Any], what: str) -> None:
             )
 
 
+def refuse_partitioned(name: str, module: Any) -> None:
+    """Raise `ValueError` if DeepSpeed has split a module that is yet to be pruned."""
+    if hasattr(module.weight, "ds_id"):
+        raise ValueError(
+            f"The weight of {name!r} is split among processes by DeepSpeed ZeRO-3 already, so it cannot be looked "
+            "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
+        )
+
+
+def without_shards(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """State of a final adapter without scores and updates: they are still there if they were split in training."""
+    trained = (f".{prefix}scores.", f".{prefix}update.")
+    return {key: tensor for key, tensor in state.items() if not any(part in key for part in trained)}
+
+
 def _several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
+def check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Raise `ValueError` if the model is split among processes in a way that cannot be pruned or saved."""
+    if not _several_processes():
+        return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
@@ -133,6 +144,7 @@ def _zero3(parameters: list[Any]) -> AbstractContextManager[Any]:
 
 def _note_shards(layer: AdapterState) -> None:
     """Remember what an optimizer steps on: its versions tell whether a mask is still the one in force."""
+    layer.cached_weight.enabled = False  # a whole weight that stays is what sharding is there to avoid
     for name in layer.progress.keys():
         held = [layer.held(kind) for kind in layer.trained_names]
         layer.shards[name] = tuple(holder[name] for holder in held if name in holder)

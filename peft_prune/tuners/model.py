@@ -16,6 +16,7 @@ from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
+from .distributed import refuse_partitioned, without_shards
 from .heads import head_granularity
 from .layer import PruningLayer
 from .linear import LAYER_CLASSES, layer_class_for
@@ -154,11 +155,7 @@ class PruningModel(BaseTuner):
                 "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
                 "`exclude_modules`."
             )
-        if hasattr(module.weight, "ds_id"):
-            raise ValueError(
-                f"The weight of {name!r} is split among processes by DeepSpeed ZeRO-3 already, so it cannot be looked "
-                "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
-            )
+        refuse_partitioned(name, module)
         return layer_class(module, self.prefix, name)
 
     def _create_and_replace(  # type: ignore[override]
@@ -212,10 +209,7 @@ class PruningModel(BaseTuner):
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.finalized:  # of what was sharded in training, scores and updates are still there
-            gone = (f".{cls.prefix}scores.", f".{cls.prefix}update.")
-            found = {key: tensor for key, tensor in found.items() if not any(part in key for part in gone)}
-        return found
+        return without_shards(found, cls.prefix) if config.finalized else found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -12,7 +12,7 @@ from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
-from .distributed import gathered
+from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
 
 
@@ -78,12 +78,13 @@ def _update_adapter(
     if not 0 <= step <= total:
         raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
     config.total_steps = total
+    check_wrapping(model, layers)
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
         return report
     weight = _penalty_weight(config, step, total)
-    kept = kept_weights(model, name, layers, step, total)
-    for layer, count in zip(gathered(model, layers, config.needs_weights), kept, strict=True):
+    kept = kept_weights(name, layers, step, total)
+    for layer, count in zip(gathered(layers, config.needs_weights), kept, strict=True):
         layer.set_kept(name, count, step, total)
         layer.get_mask(name)  # now, so that compiled forward passes find it
         if weight and config.learns_scores:
@@ -101,7 +102,7 @@ def penalty(model: nn.Module) -> float:
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
         if config.penalty and step >= 0 and config.learns_scores:
-            whole = gathered(model, layers)
+            whole = gathered(layers)
             means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in whole]
             mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
@@ -112,14 +113,14 @@ def _penalty_weight(config: PruningConfig, step: int, total_steps: int) -> float
     return Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total_steps)
 
 
-def kept_weights(model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
+def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
     """Number of weights that each layer keeps at a step: schedule and allocation together."""
     config = layers[0].pruning_config[name]
     if config.from_existing_zeros:
         return [layer.kept(name) for layer in layers]
     threshold = config.score_threshold_at(step, total_steps)
     if threshold is not None:
-        return [_above(layer, name, threshold, config.min_density) for layer in gathered(model, layers)]
+        return [_above(layer, name, threshold, config.min_density) for layer in gathered(layers)]
     densities = [
         1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
     ]
@@ -128,7 +129,7 @@ def kept_weights(model: nn.Module, name: str, layers: list[PruningLayer], step: 
     if config.allocation == "local" or not shared:
         return counts
     alike = [layers[i] for i in shared]
-    rankings = [layer.ranking(name) for layer in gathered(model, alike, config.needs_weights)]
+    rankings = [layer.ranking(name) for layer in gathered(alike, config.needs_weights)]
     areas = {math.prod(layers[i].block(name)) for i in shared}
     if len(areas) > 1:
         raise ValueError(

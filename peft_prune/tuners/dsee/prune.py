@@ -13,7 +13,7 @@ from ...masks.selection import topk_mask
 from ...structure.clustering import least_first
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
-from ..distributed import all_gathered
+from ..distributed import all_gathered, check_wrapping
 from ..layer import pruning_layers
 from ..schedule import sparsity
 from .config import DSEEConfig
@@ -41,7 +41,8 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
         raise ValueError(f"prune_once: adapter_name={adapter_name!r} is no DSEE adapter that is not final.")
     config = cast(DSEEConfig, waiting[0].pruning_config[name])
     pruned = [layer for layer in waiting if config.prunes(layer.module_name)]
-    with all_gathered(model, waiting):
+    check_wrapping(model, waiting)
+    with all_gathered(waiting):
         masks = _choose(model, name, config, waiting, pruned)
     for layer in waiting:
         layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
@@ -68,7 +69,7 @@ def check_units(model: nn.Module, name: str, layers: list[Any]) -> None:
     """Raise `ValueError` if heads and neurons are to go, and cannot be found in this model."""
     if not layers[0].pruning_config[name].structured:
         return
-    with all_gathered(model, layers):
+    with all_gathered(layers):
         find_sites(_unwrapped(model))
 
 
