@@ -1,11 +1,16 @@
-"""What each process of tests/test_distributed.py runs: short trainings that record the masks after every step.
+"""What tests/test_distributed.py runs: short trainings in one process and in two, with the masks after every step.
 
-A first launch of two processes is killed in the middle of trainings; the second resumes from their checkpoints, and
-does everything else.
+Two processes are killed in the middle of trainings; two others resume from the checkpoints, and do everything else.
+What is slow is to import, so one process does that and all others are forked from it; the environment is torchrun's.
+
+    python tests/distributed_run.py FOLDER ddp fsdp zero2 zero3
 """
 
+import importlib.util
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -45,14 +50,13 @@ CONFIGS = {
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
 BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
-STRATEGIES = ("ddp", "fsdp")
+STRATEGIES = ("ddp", "fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 REFUSED = {
     "fsdp1": BLOCKS | {"version": 1, "use_orig_params": True, "sync_module_states": False},
     "checkpointing": BLOCKS | {"activation_checkpointing": True},
     "linears": {"transformer_layer_cls_to_wrap": ["Linear"]},
 }
-STEPS, SAVED, KILLED = 6, 3, 4
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+STEPS, SAVED, KILLED = 4, 2, 3
 
 
 def allow_fsdp_on_cpu():
@@ -62,14 +66,28 @@ def allow_fsdp_on_cpu():
     def init(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.fsdp_plugin, self.distributed_type, self.device = (
-                fsdp_plugin,
-                DistributedType.FSDP,
-                torch.device("cpu"),
-            )
-            PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
+            cpu = torch.device("cpu")
+            self.fsdp_plugin, self.distributed_type, self.device = fsdp_plugin, DistributedType.FSDP, cpu
+            PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": cpu}
 
     AcceleratorState.__init__ = init
+
+
+def allow_deepspeed_on_cpu():
+    """Accelerate has no backend for it there; and its kernel for all-reduce in shared memory would be compiled."""
+    original = PartialState._prepare_backend
+
+    def prepare(self, cpu, *args, **kwargs):
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            self.device = torch.device("cpu")
+            return "gloo", DistributedType.MULTI_CPU
+        return original(self, cpu, *args, **kwargs)
+
+    PartialState._prepare_backend = prepare
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.comm  # noqa: F401
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 def zero(stage, batch_size):
@@ -84,7 +102,7 @@ def zero(stage, batch_size):
 
 
 class Watch(Record):
-    """Masks after each step; whether anything is sharded; under DDP what DSEE trains; and the interruption."""
+    """Masks after each step, whether anything is sharded; and the interruption."""
 
     def __init__(self, interrupt):
         super().__init__()
@@ -101,29 +119,33 @@ class Watch(Record):
             raise KeyboardInterrupt
 
 
-def train(folder, name, strategy, batch_size, interrupt=False, resume=None, **changes):
+def train(folder, name, strategy, interrupt=False, resume=None, **changes):
     torch.manual_seed(0)
     config = CONFIGS[name]()
     model = get_peft_model(sparse_base() if name == "zeros" else make_bert(), config)
+    batch_size = 32 // int(os.environ.get("WORLD_SIZE", "1"))
     if strategy.startswith("zero"):
+        # `use_cpu` would mean DDP
         changes |= {"deepspeed": zero(int(strategy[-1]), batch_size), "use_cpu": False}
     elif strategy != "ddp":
         changes |= {"fsdp": True, "fsdp_config": dict(REFUSED.get(strategy, BLOCKS))}
-    args = arguments(folder, max_steps=STEPS, per_device_train_batch_size=batch_size, max_grad_norm=0.0, **changes)
+    settings = {"max_steps": STEPS, "per_device_train_batch_size": batch_size, "max_grad_norm": 0.0, "logging_steps": 2}
     watch = Watch(interrupt)
     callbacks = [PruningCallback(), watch]
+    args = arguments(folder, **settings | changes)
     trainer = PruningTrainer(model=model, args=args, train_dataset=data(32), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, watch
 
 
-def record(folder, name, strategy, batch_size, suffix="", **changes):
-    trainer, watch = train(folder / "out", name, strategy, batch_size, **changes)
+def record(folder, name, strategy, suffix="", **changes):
+    trainer, watch = train(folder / "out", name, strategy, **changes)
     rank, world = trainer.args.process_index, trainer.args.world_size
     masks = [torch.cat([mask.reshape(-1) for mask in step.values()]) for _, step in watch.steps]
-    ids = {"input_ids": torch.arange(2, 26).view(3, 8)}
-    with torch.no_grad():
-        logits = trainer.model_wrapped.eval()(**ids).logits
+    logits = None
+    if not strategy.startswith("zero"):  # Trainer has let go of DeepSpeed's engine
+        with torch.no_grad():
+            logits = trainer.model_wrapped.eval()(torch.arange(2, 26).view(3, 8)).logits
     found = {"world": world, "masks": masks, "sharded": watch.sharded, "trained": watch.trained, "logits": logits,
              "penalties": watch.penalties, "steps": [step for step, _ in watch.steps]}  # fmt: skip
     torch.save(found, folder / f"{strategy}-{name}{suffix}-{rank}-of-{world}.pt")
@@ -131,11 +153,11 @@ def record(folder, name, strategy, batch_size, suffix="", **changes):
 
 
 def refused(folder):
-    """What each wrapping that is refused says, and when."""
+    """What each wrapping that is refused says."""
     said = {}
     for strategy in REFUSED:
         try:
-            train(folder / "out", "local", strategy, 16)
+            train(folder / "out", "dsee", strategy)
         except ValueError as error:
             said[strategy] = str(error)
     torch.save(said, folder / f"refused-{PartialState().process_index}.pt")
@@ -151,30 +173,55 @@ def calibrated(folder):
     torch.save({"masks": masks}, folder / f"ppruning-{rank}.pt")
 
 
-def killed(folder, batch_size, strategies):
+def killed(folder, strategies):
     """Trainings that stop after a checkpoint; then the process is gone, and with it all that it knew."""
     for strategy in strategies:
         try:
             saving = {"save_strategy": "steps", "save_steps": SAVED}
-            train(folder / f"{strategy}-killed", "score", strategy, batch_size, interrupt=True, **saving)
+            train(folder / f"{strategy}-killed", "score", strategy, interrupt=True, **saving)
         except KeyboardInterrupt:
             pass
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def everything(folder, batch_size, strategies):
+def everything(folder, strategies):
     for strategy in strategies:
         for name in CONFIGS:
-            record(folder, name, strategy, batch_size)
+            record(folder, name, strategy)
         checkpoint = folder / f"{strategy}-killed" / f"checkpoint-{SAVED}"
         if checkpoint.exists():
-            record(folder, "score", strategy, batch_size, suffix="-resumed", resume=str(checkpoint))
-    calibrated(folder)
-    if WORLD > 1:
+            record(folder, "score", strategy, suffix="-resumed", resume=str(checkpoint))
+    if os.environ["WORLD_SIZE"] != "1":
+        calibrated(folder)
         refused(folder)
 
 
+def processes(count, what, *args):
+    """Run a function in processes that torchrun might have started; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def run(rank):
+        environment = common | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {"WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        what(*args)
+
+    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     allow_fsdp_on_cpu()
-    what = {"killed": killed, "everything": everything}[sys.argv[1]]
-    what(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    folder, strategies = Path(sys.argv[1]), sys.argv[2:]
+    if any(strategy.startswith("zero") for strategy in strategies):
+        allow_deepspeed_on_cpu()
+    assert processes(2, killed, folder, strategies) == [-signal.SIGKILL] * 2
+    assert processes(2, everything, folder, strategies) == [0, 0]
+    assert processes(1, everything, folder, ["ddp"]) == [0]
