@@ -61,7 +61,7 @@ def loaders(args: argparse.Namespace, tokenizer: AutoTokenizer) -> tuple[DataLoa
 def train(
     accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader, args: argparse.Namespace
 ) -> torch.nn.Module:
-    """Train masks and classifier; returns the model with final masks, out of what Accelerate wrapped it in."""
+    """Train masks and classifier; returns the model with final masks, as Accelerate has wrapped it."""
     optimizer = create_pruning_optimizer(model, lr=5e-4, score_lr=args.lr)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -80,7 +80,7 @@ def train(
             if step == args.steps:
                 break
     finalize(model)  # in every process too
-    return accelerator.unwrap_model(model)
+    return model
 
 
 @torch.no_grad()
@@ -110,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     model = train(accelerator, model, train_loader, args)
     accelerator.print(f"accuracy: {accuracy(accelerator, model, eval_loader):.2f} %")
 
+    state = accelerator.get_state_dict(model)  # in every process: with FSDP each has a part
     if accelerator.is_main_process:
-        model.save_pretrained(args.output)
+        accelerator.unwrap_model(model).save_pretrained(args.output, state_dict=state)
     accelerator.wait_for_everyone()
     loaded = PeftModel.from_pretrained(load_classifier(path), args.output).to(accelerator.device)
     accelerator.print(f"accuracy, loaded from {args.output}: {accuracy(accelerator, loaded, eval_loader):.2f} %")

@@ -3,7 +3,7 @@
 Two processes are killed in the middle of trainings; two others resume from the checkpoints, and do everything else.
 What is slow is to import, so one process does that and all others are forked from it; the environment is torchrun's.
 
-    python tests/distributed_run.py FOLDER ddp fsdp zero2 zero3
+    python tests/distributed_run.py FOLDER ddp fsdp zero2 zero3  # with --short: only what the test runs
 """
 
 import importlib.util
@@ -49,6 +49,7 @@ CONFIGS = {
     "dsee": lambda: DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.5, **SMALL),
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
+SHORT = ("local", "score", "soft", "l0", "magnitude", "dsee-units")  # one for each way in which a mask is found
 BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
 STRATEGIES = ("ddp", "fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 REFUSED = {
@@ -184,9 +185,9 @@ def killed(folder, strategies):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def everything(folder, strategies):
+def everything(folder, strategies, names):
     for strategy in strategies:
-        for name in CONFIGS:
+        for name in names:
             record(folder, name, strategy)
         checkpoint = folder / f"{strategy}-killed" / f"checkpoint-{SAVED}"
         if checkpoint.exists():
@@ -219,9 +220,10 @@ def processes(count, what, *args):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     allow_fsdp_on_cpu()
-    folder, strategies = Path(sys.argv[1]), sys.argv[2:]
+    folder, strategies = Path(sys.argv[1]), [name for name in sys.argv[2:] if name != "--short"]
+    names = SHORT if "--short" in sys.argv else tuple(CONFIGS)
     if any(strategy.startswith("zero") for strategy in strategies):
         allow_deepspeed_on_cpu()
     assert processes(2, killed, folder, strategies) == [-signal.SIGKILL] * 2
-    assert processes(2, everything, folder, strategies) == [0, 0]
-    assert processes(1, everything, folder, ["ddp"]) == [0]
+    assert processes(2, everything, folder, strategies, names) == [0, 0]
+    assert processes(1, everything, folder, ["ddp"], names) == [0]

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_bert
-from distributed_run import BLOCKS, CONFIGS, KILLED, REFUSED, SAVED, STEPS, STRATEGIES
+from distributed_run import BLOCKS, KILLED, REFUSED, SAVED, SHORT, STEPS, STRATEGIES
 from peft import PeftModel
-from test_movement import sparse_base
-from torch import nn
 
 from peft_prune.tuners.distributed import refuse_partitioned, refuse_sharded
 from peft_prune.tuners.layer import pruning_layers
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.slow
 def runs(tmp_path_factory):
     """2 × 16 in two processes, and 1 × 32 in one."""
     folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, str(HERE / "distributed_run.py"), str(folder), *STRATEGIES]
+    command = [sys.executable, str(HERE / "distributed_run.py"), str(folder), *STRATEGIES, "--short"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -38,7 +36,7 @@ def recorded(folder, strategy, name):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", SHORT)
 def test_masks_agree_on_both_ranks_and_with_one_process(runs, strategy, name):
     first, second = recorded(runs, strategy, name)
     assert first["world"] == second["world"] == 2 and first["steps"] == list(range(1, STEPS + 1))
@@ -57,21 +55,16 @@ def test_masks_agree_on_both_ranks_and_with_one_process(runs, strategy, name):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", SHORT)
 def test_what_two_processes_save_loads_in_one(runs, strategy, name):
     first, _ = recorded(runs, strategy, name)
-    base = sparse_base() if name == "zeros" else make_bert()
-    loaded = PeftModel.from_pretrained(base, runs / f"{strategy}-{name}-adapter-of-2").eval()
+    loaded = PeftModel.from_pretrained(make_bert(), runs / f"{strategy}-{name}-adapter-of-2").eval()
     masks = torch.cat([layer.get_mask("default").reshape(-1) for layer in pruning_layers(loaded)])
     assert torch.equal(masks, first["masks"][-1])
     if first["logits"] is not None:
         with torch.no_grad():
             found = loaded(torch.arange(2, 26).view(3, 8)).logits
         assert torch.allclose(found, first["logits"], atol=1e-5)
-    merged = loaded.merge_and_unload()
-    if name == "zeros":  # the base's zeros are there, and are all there are
-        weights = [(m.weight == 0).flatten() for m in merged.bert.encoder.layer.modules() if isinstance(m, nn.Linear)]
-        assert torch.equal(torch.cat(weights), ~masks)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
