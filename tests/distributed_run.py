@@ -49,7 +49,7 @@ CONFIGS = {
     "dsee": lambda: DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.5, **SMALL),
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
-SHORT = ("local", "score", "soft", "l0", "magnitude", "dsee-units")  # one for each way in which a mask is found
+SHORT = ("local", "score", "soft", "magnitude", "dsee-units")  # one for each way in which a mask is found
 BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
 STRATEGIES = ("ddp", "fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 REFUSED = {
