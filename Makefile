@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs format bench clean
+.PHONY: demo test lint docs format bench peft-matrix clean
 
 demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
 	$(BIN)/python examples/quickstart.py
@@ -27,6 +27,9 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/demo.stamp  ## the accuracy table of docs/smp.md; an hour on two cores
 	bash benchmarks/smp_accuracy.sh
+
+peft-matrix: $(VENV)/dev.stamp  ## PEFT's own tests with our methods; writes docs/peft_matrix.md; takes long
+	$(BIN)/python tests/peft_matrix/run.py --output docs/peft_matrix.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

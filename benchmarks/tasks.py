@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
-from offline_data import minilm_path, movie_sentences, sts_b
-from scipy.stats import pearsonr, spearmanr
+from offline_data import minilm_path, movie_sentences
+from sts_b import correlation, pairs
 from text_classification import accuracy, load_classifier, tokenize
-
-
-def pairs(split: str, tokenizer) -> Dataset:
-    rows = sts_b(split)
-    encoded = tokenizer([a for a, _, _ in rows], [b for _, b, _ in rows], truncation=True, max_length=128)
-    columns = {key: encoded[key] for key in ("input_ids", "token_type_ids", "attention_mask")}
-    columns["labels"] = [(score - 2.5) / 1.5 for _, _, score in rows]  # centred, so that a new head need not learn that
-    columns["length"] = [len(ids) for ids in encoded["input_ids"]]
-    return Dataset.from_dict(columns)
-
-
-def correlation(predictions) -> dict[str, float]:
-    scores = np.asarray(predictions.predictions).reshape(-1)
-    return {
-        "pearson": 100 * float(pearsonr(scores, predictions.label_ids)[0]),
-        "spearman": 100 * float(spearmanr(scores, predictions.label_ids)[0]),
-    }
 
 
 def load_task(task: str, tokenizer: Any) -> tuple[Dataset, Dataset, Any, Any]:

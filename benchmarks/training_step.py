@@ -34,9 +34,15 @@ RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
 METHODS: dict[str, tuple[str, Callable[[], Any]]] = {
     "SMP-S, penalty": ("fine-tuning", lambda: SMPConfig(allocation="score", **COMMON)),
     "SMP-L, penalty": ("fine-tuning", lambda: SMPConfig(allocation="local", **COMMON)),
+    "SMP-S, masks every 10 steps": ("fine-tuning", lambda: SMPConfig(allocation="score", mask_interval=10, **COMMON)),
+    "SMP-S, 8-bit AdamW": ("fine-tuning", lambda: SMPConfig(allocation="score", **COMMON)),
+    "SMP-S, low rank": ("LoRA", lambda: SMPConfig(allocation="score", score="low_rank", **COMMON)),
+    "SMP-L, low rank": ("LoRA", lambda: SMPConfig(score="low_rank", **COMMON)),
+    "SMP-L, low rank, no penalty": ("LoRA", lambda: SMPConfig(score="low_rank", penalty=0.0, **COMMON)),
     "hard movement": ("fine-tuning", lambda: MovementPruningConfig(variant="hard", **COMMON)),
 }
 COMMON: dict[str, Any] = {"task_type": "SEQ_CLS", "sparsity": 0.9}
+TARGETS = r"bert\.encoder\..*(query|key|value|dense)"  # those of the pruning methods
 STEPS = 1000  # of the schedule; measured from its middle on, where scores differ and sparsity grows
 
 
@@ -63,10 +69,14 @@ class Run:
         model: Any = BertForSequenceClassification(BertConfig()).to(args.device)
         self.scheduled = method in METHODS
         if method == "LoRA":
-            model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
+            model = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"))
         elif self.scheduled:
             model = get_peft_model(model, METHODS[method][1]())
-        if self.scheduled:
+        if method.endswith("8-bit AdamW"):
+            from torchao.optim import AdamW8bit
+
+            self.optimizer = create_pruning_optimizer(model, lr=1e-4, optimizer_cls=AdamW8bit)
+        elif self.scheduled:
             self.optimizer = create_pruning_optimizer(model, lr=1e-4, fused=True)
         else:
             trainable = [p for p in model.parameters() if p.requires_grad]

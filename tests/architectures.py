@@ -16,6 +16,9 @@ _DEBERTA = {**_BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"],
 _T5 = {"vocab_size": 120, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4} | {
     "decoder_start_token_id": 0
 }
+_BART = {"vocab_size": 120, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64} | {
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48
+}  # fmt: skip
 _CLASSIFIER, _CAUSAL = hf.AutoModelForSequenceClassification, hf.AutoModelForCausalLM
 
 ARCHITECTURES = {
@@ -44,6 +47,15 @@ ARCHITECTURES = {
     "mistral": (lambda: hf.MistralConfig(**_GROUPED, head_dim=16), _CAUSAL),
     "qwen2": (lambda: hf.Qwen2Config(**_GROUPED), _CAUSAL),
     "qwen3": (lambda: hf.Qwen3Config(**_GROUPED, head_dim=16), _CAUSAL),
+    "gemma3_text": (
+        lambda: hf.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=8, query_pre_attn_scalar=16),
+        _CAUSAL,
+    ),
+    "gptj": (
+        lambda: hf.GPTJConfig(vocab_size=120, n_positions=64, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, **_IDS),
+        _CAUSAL,
+    ),
+    "bart": (lambda: hf.BartConfig(**_BART), hf.AutoModelForSeq2SeqLM),
     "t5": (lambda: hf.T5Config(**_T5), hf.AutoModelForSeq2SeqLM),
     "t5-gated": (lambda: hf.T5Config(**_T5, feed_forward_proj="gated-gelu"), hf.AutoModelForSeq2SeqLM),
     "vit": (
@@ -65,6 +77,8 @@ def make(name, attn_implementation="eager", seed=0):
     """A model with weights large enough for every head and neuron to matter."""
     config, auto = ARCHITECTURES[name]
     torch.manual_seed(seed)
+    if name == "gptj":
+        attn_implementation = "eager"  # all that it has
     model = auto.from_config(config(), attn_implementation=attn_implementation).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2) if parameter.dim() > 1 else parameter.data.add_(
@@ -83,7 +97,7 @@ def inputs(name, batch=2, tokens=10):
     mask = torch.ones_like(ids)
     mask[batch // 2 :, tokens - 3 :] = 0
     result = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-    if name.startswith("t5"):
+    if name.startswith(("t5", "bart")):
         result["decoder_input_ids"] = torch.randint(3, 120, (batch, 6), generator=generator)
     return result
 

@@ -11,7 +11,7 @@ from conftest import make_bert
 from distributed_run import BLOCKS, KILLED, REFUSED, SAVED, SHORT, STEPS, STRATEGIES
 from peft import PeftModel
 
-from peft_prune.tuners.distributed import refuse_partitioned, refuse_sharded
+from peft_prune.tuners.distributed import refuse_sharded, unsplit
 from peft_prune.tuners.layer import pruning_layers
 
 
@@ -96,6 +96,6 @@ def test_a_weight_that_is_split_already_is_refused(bert):
     layer.module_name = "output.dense"
     layer.weight.ds_id = 7  # as DeepSpeed marks it
     with pytest.raises(ValueError, match="'output.dense'.*get_peft_model before TrainingArguments"):
-        refuse_partitioned("output.dense", layer)
+        unsplit("output.dense", layer)
     with pytest.raises(ValueError, match="calibrate: the weight of 'output.dense' is split"):
         refuse_sharded([layer], "calibrate")

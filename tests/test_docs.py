@@ -11,10 +11,14 @@ import pytest
 from conftest import make_bert, make_masked_lm
 from test_verbalizer import tokenizer
 
+import peft_prune
+from peft_prune import report
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-WITHOUT_CODE = [ROOT / "docs" / name for name in ("README.md", "reference.md", "support.md", "peft_matrix.md")]
+PLAIN = ("README.md", "reference.md", "support.md", "peft_matrix.md", "examples.md")
+WITHOUT_CODE = [ROOT / "docs" / name for name in PLAIN]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -51,3 +55,20 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    names = [f"peft_prune.{name}" for name in peft_prune.__all__]
+    names += [f"peft_prune.report.{name}" for name in report.__all__]
+    assert sorted(set(names) - set(reference)) == []
+    assert len(reference) == len(set(reference))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_measured_numbers_name_the_command_that_made_them(page):
+    sections = re.split(r"^#+ ", page.read_text(), flags=re.MULTILINE)
+    for section in sections:
+        title = section.split("\n")[0]
+        if title in ("Measured", "Numbers", "What pays"):
+            assert re.search(r"`[^`]*(benchmarks/|make )[^`]*`", section), f"{page.name}, {title}: no command"

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_shrink import logits
 from test_training import Record, arguments, data
+from transformers import DebertaConfig, DebertaModel
 
 from peft_prune import (
     DSEEConfig,
@@ -183,6 +184,24 @@ def test_files_are_small_and_come_back(tmp_path):
     plain = make_bert()
     plain.load_adapter(str(tmp_path))  # Transformers' own road
     assert torch.equal(logits(plain.eval(), inputs("bert")), live)
+
+
+def test_targets_without_numbered_blocks_or_a_known_anatomy():
+    torch.manual_seed(0)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), DSEEConfig(target_modules=["0"], num_sparse=4))
+    assert model.peft_config["default"].prune_target_modules == {"0"}
+    config = DebertaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = get_peft_model(DebertaModel(config), DSEEConfig())
+    assert model.peft_config["default"].target_modules == {"in_proj"}  # as for LoRA
+    with pytest.raises(ValueError, match="specify `target_modules`.*model_type=None live is not known"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), DSEEConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_update_has_the_dtype_that_is_asked_for(dtype):
+    for cast, expected in ((True, torch.float32), (False, dtype)):
+        model = get_peft_model(make_bert().to(dtype), DSEEConfig(num_sparse=4), autocast_adapter_dtype=cast)
+        assert {p.dtype for name, p in model.named_parameters() if "dsee_" in name} == {expected}
 
 
 def test_merging_sparse_or_exact(caplog):

@@ -1,6 +1,7 @@
 """The quick start in a short form, with its real model and data."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -8,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_bert, make_llama
 from test_docs import hub
+from test_verbalizer import tokenizer
+from transformers import BertForQuestionAnswering
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,6 +57,79 @@ def test_accelerate_loop_in_two_processes(tmp_path):
     assert "2 process(es) on cpu" in run.stdout and "sparsity 0.700" in run.stdout
     accuracies = re.findall(r"accuracy.*?: ([\d.]+) %", run.stdout)
     assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
+
+
+def main_of(name, monkeypatch):
+    """`main` of an example, whose modules lie beside it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module(name).main
+
+
+@pytest.mark.slow
+def test_sts_b(tmp_path, monkeypatch, capsys):
+    run = main_of("sts_b", monkeypatch)
+    run(["--steps", "3", "--teacher-steps", "2", "--max-rows", "48", "--sparsity", "0.75", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert re.search(r"dense: +\{'eval_pearson': .*pruned: +\{'eval_pearson'", out, re.DOTALL)
+    # one byte for each kept weight and four for each row: 6 blocks of 4 · 384 + 1536 + 384 rows
+    assert f"kept values {10_616_832 // 4 + 4 * 6 * (5 * 384 + 1536):,} bytes" in out
+
+
+@pytest.mark.slow
+def test_question_answering(tmp_path, monkeypatch, capsys):
+    model = make_bert()
+    folder = tmp_path / "model"
+    BertForQuestionAnswering(model.config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    data = tmp_path / "squad"
+    data.mkdir()
+    row = {"question": "was it good", "context": "it was good film", "answers": {"text": ["good"], "answer_start": [7]}}
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("\n".join([json.dumps(row)] * 16))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run = main_of("question_answering", monkeypatch)
+    names = [
+        "--model",
+        str(folder),
+        "--teacher",
+        str(folder),
+        "--dataset",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    run([*names, "--steps", "40", "--length", "12", "--max-rows", "8"])
+    assert "both ends of the answer right: 100.0 %" in capsys.readouterr().out  # one answer, and it is learned
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_causal_lm(tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("it was good film bad " * 400)
+    run = main_of("causal_lm", monkeypatch)
+    names = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    run([*names, "--steps", "30", "--length", "16", "--rank", "3"])
+    dense, pruned = (float(p) for p in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out))
+    assert pruned < dense  # a random model that has seen nothing, and one that has
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_serving(tmp_path, monkeypatch, capsys):
+    main_of("serving", monkeypatch)(["--tasks", "3", "--steps", "2", "--max-train", "64", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "one batch, 3 masks" in out and out.count("the same as alone") == 3
+
+
+@pytest.mark.slow
+def test_compact_export(tmp_path, monkeypatch, capsys):
+    short = ["--steps", "2", "--max-train", "64", "--max-eval", "32", "--output", str(tmp_path)]
+    main_of("compact_export", monkeypatch)(short)
+    out = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"[\d,]{7,}", out)[:2])
+    assert after < before and "onnxruntime answers as PyTorch does" in out
 
 
 def test_movie_sentences_are_balanced_and_split():

@@ -145,8 +145,25 @@ def test_unloading_with_a_composite_module_to_save(batch):
 def test_safe_merge_tells_of_a_broken_base(bert):
     bert.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
     model = prune(bert)
-    with pytest.raises(ValueError, match="not finite.*layer.0.output.dense"):
+    with pytest.raises(ValueError, match="NaNs detected.*adapter default.*not finite.*layer.0.output.dense"):
         model.merge_adapter(safe_merge=True)
+    model = prune(make_bert())
+    pruning_layers(model)[0].scores["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected.*adapter default.*query"):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_a_weight_that_is_used_without_calling_its_layer_is_refused():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    with pytest.raises(TypeError, match="self_attn.out_proj.*cannot be pruned"):
+        get_peft_model(copy.deepcopy(model), SMPConfig(target_modules=["out_proj"]))
+    assert get_peft_model(model, SMPConfig()).peft_config["default"].target_modules == {"linear1", "linear2"}
+
+
+@pytest.mark.parametrize(("make", "last"), [(make_bert, (48, 32)), (make_gpt2, (128, 32))])
+def test_layers_say_how_wide_they_are_as_linear_layers_do(make, last):
+    layer = pruning_layers(prune(make()))[-1]
+    assert (layer.in_features, layer.out_features) == last
 
 
 def test_several_adapters(bert, batch):

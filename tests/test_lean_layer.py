@@ -39,6 +39,25 @@ def test_backward_keeps_no_tensor_of_the_weights_size_but_the_weight_and_its_upd
     assert saved and not large
 
 
+def test_the_output_may_be_changed_in_place_as_that_of_a_linear_layer():
+    def gradients(in_place):
+        torch.manual_seed(0)
+        model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), copy.deepcopy(CONFIGS["hard"])).train()
+        randomize_scores(model)
+        update_schedule(model, 10, 10)
+        query, bias = model(torch.randn(2, 3, 96)).view(2, 3, 4, 16).permute(0, 2, 1, 3), torch.randn(16)
+        if in_place:
+            query += bias  # as in DeBERTa
+        else:
+            query = query + bias
+        (query**2).sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other)
+
+
 def test_update_and_bias_get_autograds_own_gradient():
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), copy.deepcopy(CONFIGS["hard"])).train()

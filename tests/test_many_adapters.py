@@ -1,13 +1,15 @@
 """Many masks on one backbone: what they cost, switching, mixed batches, combinations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import logits, make_bert, make_gpt2, make_llama
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_layer import randomize_scores
 from test_save_load import final_adapter
 
-from peft_prune import SMPConfig, finalize, update_schedule
+from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, update_schedule
 from peft_prune.tuners.layer import pruning_layers
 
 
@@ -17,8 +19,6 @@ def with_masks(base, names, at=0.6, **fields):
     for seed, name in enumerate(names):
         config = SMPConfig(sparsity=at, **fields)
         if model is None:
-            from peft import get_peft_model
-
             model = get_peft_model(base, config, adapter_name=name)
         else:
             model.add_adapter(name, config)
@@ -98,7 +98,7 @@ def test_mixed_batches_told_apart_from_mistakes(batch):
     ids = batch["input_ids"]
     with pytest.raises(ValueError, match=r"unknown adapters \['x'\]. Loaded are \['__base__', 'a', 'b'\]"):
         model(input_ids=ids, adapter_names=["a", "x", "b", "a"])
-    with pytest.raises(ValueError, match="3 entries, but the batch has 4 samples"):
+    with pytest.raises(ValueError, match="but got 3 and 4 respectively"):
         model(input_ids=ids, adapter_names=["a", "b", "a"])
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
@@ -162,3 +162,23 @@ def test_combinations_that_cannot_be_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(**({"adapter_name": "new"} | arguments))
     assert set(model.peft_config) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MovementPruningConfig(variant="l0", target_modules=["query"]),
+        DSEEConfig(target_modules=["query"], num_sparse=4, lora_dropout=0.5, init_weights=False),
+    ],
+    ids=["l0", "dsee"],
+)
+def test_an_adapter_that_is_added_in_eval_mode_makes_no_noise(config, batch):
+    model = get_peft_model(make_bert(), replace(config, target_modules=["value"])).eval()
+    model.add_adapter("other", config)  # on layers of its own, and with DSEE on some that were there before
+    model.set_adapter("other")
+    added, first = (model(**batch).logits for _ in range(2))
+    mixed = model(**batch, adapter_names=["other"] * len(first)).logits
+    model.merge_adapter()
+    assert torch.equal(added, first)
+    torch.testing.assert_close(mixed, first)
+    torch.testing.assert_close(model(**batch).logits, first)

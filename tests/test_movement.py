@@ -102,6 +102,23 @@ def test_soft_keeps_what_is_above_the_threshold(step):
     assert report["sparsity"] == pytest.approx(1 - expected.float().mean().item())
 
 
+def test_random_scores_of_methods_that_find_their_sparsity_prune_half():
+    for variant in ("soft", "l0"):
+        model = get_peft_model(make_bert(), MovementPruningConfig(variant=variant, init_weights=False))
+        assert all(2 * layer.kept("default") == layer.matrix.numel() for layer in pruning_layers(model))
+
+
+def test_two_random_adapters_differ_without_scores(batch):
+    config = {"variant": "magnitude", "init_weights": False, "task_type": "SEQ_CLS"}
+    dense = make_bert()
+    model = get_peft_model(make_bert(), MovementPruningConfig(**config))
+    model.add_adapter("other", MovementPruningConfig(**config))
+    one = logits(model, batch)
+    model.set_adapter("other")
+    two = logits(model, batch)
+    assert not any(torch.allclose(a, b, atol=1e-4) for a, b in ((one, two), (one, logits(dense, batch))))
+
+
 def test_soft_leaves_a_least_share_of_each_matrix():
     model, layer, _ = one_layer(variant="soft", min_density=0.05)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from architectures import ARCHITECTURES, inputs, make
 from conftest import make_bert, make_gpt2, make_llama, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
 from test_shrink import logits
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -184,6 +185,45 @@ def test_the_adapter_of_bert_base_is_a_few_kilobytes(tmp_path):
     model.save_pretrained(tmp_path)
     stored = sum(layer.mask["default"].numel() for layer in pruning_layers(model))
     assert stored * shape.config.num_hidden_layers < 5_000
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_random_choice_until_calibrated(name, tmp_path):
+    dense, batch = logits(make(name), inputs(name)), inputs(name)
+    torch.manual_seed(0)
+    model = get_peft_model(make(name), PPruningConfig(keep_ratio=0.5, num_tokens=40, init_weights=False))
+    random = logits(model, batch)
+    assert (random - dense).abs().max() > 1e-3
+    sites = {site.output: site for site in find_sites(model)}
+    for layer in pruning_layers(model):
+        site = sites["base_model.model." + layer.module_name]
+        mask = layer.get_mask("default")
+        units = mask[:, site.columns].float().mean((0, 2))
+        assert set(units.tolist()) == {0.0, 1.0}, "whole units go"
+        assert units.sum() == round(0.5 * site.units) and layer.kept("default") == int(mask.sum())
+    model.add_adapter("other", PPruningConfig(keep_ratio=0.5, num_tokens=40, init_weights=False))
+    model.set_adapter("other")
+    assert (logits(model, batch) - random).abs().max() > 1e-3, "another draw"
+    mixed = model.eval()(**batch, adapter_names=["default", "__base__"])[0]
+    torch.testing.assert_close(mixed[0], random[0])
+    torch.testing.assert_close(mixed[1], dense[1])
+    model.set_adapter("default")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make(name), tmp_path)
+    assert torch.equal(logits(again, batch), random)
+    torch.testing.assert_close(logits(again.merge_and_unload(), batch), random, atol=1e-5, rtol=1e-5)
+    calibrate(model, batches(name), adapter_name="default")
+    model.save_pretrained(tmp_path)
+    assert not any("columns" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    calibrated = get_peft_model(make(name), PPruningConfig(keep_ratio=0.5, num_tokens=40))
+    calibrate(calibrated, batches(name))
+    assert torch.equal(logits(model, batch), logits(calibrated, batch)), "nothing of the draw is left"
+
+
+def test_modules_without_heads_and_neurons_are_refused():
+    for how in (True, False):
+        with pytest.raises(ValueError, match="heads and neurons of model_type=None live is not known"):
+            get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), PPruningConfig(init_weights=how))
 
 
 def test_after_inject_and_beside_lora():

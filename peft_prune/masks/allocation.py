@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -53,14 +53,14 @@ def share_by_weight(sizes: Sequence[int], weights: Sequence[float], density: flo
 
 
 def allocate_by_score(
-    scores: Sequence[torch.Tensor], kinds: Sequence[str], density: float, temperature: float
+    scores: Iterable[torch.Tensor], kinds: Sequence[str], density: float, temperature: float
 ) -> list[int]:
     """SMP-S (Jiang et al. 2023, eq. 6): matrices of one kind share their density by mean score.
 
     `v_l = v · L · r_l / Σ_k r_k` with `r_l = mean(sigmoid(S_l / temperature))` over the `L` matrices of a kind.
 
     Args:
-        scores (`Sequence[torch.Tensor]`): scores of each matrix.
+        scores (`Iterable[torch.Tensor]`): scores of each matrix, asked for once.
         kinds (`Sequence[str]`): kind of each matrix, for instance its name without the layer's number.
         density (`float`): share of weights to keep in each kind.
         temperature (`float`): positive; large values even out the shares.
@@ -71,10 +71,11 @@ def allocate_by_score(
     groups: dict[str, list[int]] = defaultdict(list)
     for i, kind in enumerate(kinds):
         groups[kind].append(i)
-    means = torch.stack([_mean_sigmoid(s.detach().float(), temperature) for s in scores]).tolist()
-    counts = [0] * len(scores)
+    measured = [(s.numel(), _mean_sigmoid(s.detach().float(), temperature)) for s in scores]
+    means = torch.stack([mean for _, mean in measured]).tolist()
+    counts = [0] * len(measured)
     for members in groups.values():
-        sizes = [scores[i].numel() for i in members]
+        sizes = [measured[i][0] for i in members]
         for i, count in zip(members, share_by_weight(sizes, [means[i] for i in members], density), strict=True):
             counts[i] = count
     return counts

@@ -37,7 +37,7 @@ def plot_scores(model: nn.Module, adapter_name: Optional[str] = None, bins: int 
     from matplotlib.figure import Figure
 
     name, layers = pruned_layers(model, adapter_name)
-    if any(name not in layer.scores and name not in layer.update for layer in layers):
+    if any(not layer.has_scores(name) and name not in layer.update for layer in layers):
         raise ValueError(
             f"Adapter {name!r} has no scores: its masks are final, or its method has none. Plot before "
             "peft_prune.finalize(model); in a Trainer, pass PruningCallback(finalize_at_end=False)."

@@ -103,8 +103,33 @@ _LLAMA = Block(
     (_separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj"),),
     (FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),),
 )
-for _name in ("llama", "mistral", "qwen2", "qwen3"):
+for _name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"):
     register_anatomy(_name, _LLAMA)
+
+register_anatomy(
+    "gptj",
+    Block(
+        "h.*",
+        (_separate("attn", "q_proj", "k_proj", "v_proj", "attn.out_proj"),),
+        (FeedForward(("mlp.fc_in",), "mlp.fc_out"),),
+    ),
+)
+
+
+def _bart_attention(module: str) -> Attention:
+    return _separate(module, "q_proj", "k_proj", "v_proj", f"{module}.out_proj")
+
+
+register_anatomy(
+    "bart",
+    Block("encoder.layers.*", (_bart_attention("self_attn"),), (FeedForward(("fc1",), "fc2"),)),
+    Block(
+        "decoder.layers.*",
+        (_bart_attention("self_attn"), _bart_attention("encoder_attn")),
+        (FeedForward(("fc1",), "fc2"),),
+        decoder=True,
+    ),
+)
 
 
 def _t5_attention(module: str) -> Attention:

@@ -29,9 +29,9 @@ def pruning_parameter_groups(
     """
     adapters = trained_adapters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scores = _trained(adapters, ("scores",))
-    others_of_ours = {kind for layers in adapters.values() for kind in layers[0].trained_names} - {"scores"}
-    updates = _trained(adapters, sorted(others_of_ours))
+    scores = _trained(adapters, PruningLayer.score_names)
+    others_of_ours = {kind for layers in adapters.values() for kind in layers[0].trained_names}
+    updates = _trained(adapters, sorted(others_of_ours.difference(PruningLayer.score_names)))
     if not scores and not updates:
         raise ValueError(
             "The model has no trainable scores: its masks are final, the adapter was loaded without is_trainable=True, "

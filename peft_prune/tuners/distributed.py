@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .state import AdapterState
-
 
 def gathered(layers: Sequence[Any], frozen: bool = False) -> Iterator[Any]:
     """Yield layers one by one, each with whole parameters of full precision until the next one is asked for.
@@ -64,18 +62,28 @@ def refuse_sharded(layers: Sequence[Any], what: str) -> None:
             )
 
 
-def refuse_partitioned(name: str, module: Any) -> None:
-    """Raise `ValueError` if DeepSpeed has split a module that is yet to be pruned."""
+def unsplit(name: str, module: Any) -> Any:
+    """A module that is yet to be pruned; raises `ValueError` if DeepSpeed has split it."""
     if hasattr(module.weight, "ds_id"):
         raise ValueError(
             f"The weight of {name!r} is split among processes by DeepSpeed ZeRO-3 already, so it cannot be looked "
             "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
         )
+    return module
+
+
+def mask_unknown(name: str) -> RuntimeError:
+    """The error for a forward pass with scores that moved since masks were found."""
+    return RuntimeError(
+        f"The scores of {name!r} are split among processes and have changed since the schedule was advanced, so the "
+        "mask in force is not known here. Call peft_prune.update_schedule(model, step) after each optimizer step, in "
+        "every process; PruningCallback does."
+    )
 
 
 def without_shards(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """State of a final adapter without scores and updates: they are still there if they were split in training."""
-    trained = (f".{prefix}scores.", f".{prefix}update.")
+    trained = (f".{prefix}scores", f".{prefix}update.")  # of low rank, too
     return {key: tensor for key, tensor in state.items() if not any(part in key for part in trained)}
 
 
@@ -142,7 +150,7 @@ def _zero3(parameters: list[Any]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def _note_shards(layer: AdapterState) -> None:
+def _note_shards(layer: Any) -> None:
     """Remember what an optimizer steps on: its versions tell whether a mask is still the one in force."""
     layer.cached_weight.enabled = False  # a whole weight that stays is what sharding is there to avoid
     for name in layer.progress.keys():

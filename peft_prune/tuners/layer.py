@@ -11,6 +11,7 @@ from torch import nn
 from ..masks.granularity import spread
 from ..masks.hard_concrete import draw_noise, hard_concrete
 from . import merging
+from .low_rank_scores import LowRankScores
 from .masked_weight import MaskedWeight, Penalized
 from .mixed_forward import mixed_batch_forward
 from .stored_form import StoredForm
@@ -74,7 +75,7 @@ class PruningLayer(StoredForm):
             if name in self.progress:
                 self._look_at_schedule(name)
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
-            elif name in self.mask:
+            elif self._mask_sources(name):
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))
             else:
                 warn_once("calibrate", self.pruning_config[name].without_mask)
@@ -89,15 +90,27 @@ class PruningLayer(StoredForm):
 
     def _trained(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What training sees of a matrix (out, in), with gradients for scores and update."""
-        matrix, scores = self._updated(name, matrix), self.scores[name] if name in self.scores else None
+        matrix = self._updated(name, matrix)
+        scores, penalty = self._differentiable_scores(name)
         if scores is None:
             return matrix * self.get_mask(name)
-        mask, penalty = self.get_mask(name), self._take_penalty(name, scores)
+        mask = self.get_mask(name)
         if not self.pruning_config[name].gated:
             return MaskedWeight.apply(scores, matrix, mask, penalty, self.block(name))
         if penalty is not None:
             scores = Penalized.apply(scores, penalty, self.pruning_config[name].penalty_offset)
         return matrix * spread(hard_concrete(scores, self._noise(name)), self.block(name)).to(matrix.dtype)
+
+    def _differentiable_scores(self, name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """What receives the gradient of the scores, and the penalty that is to be added to it."""
+        if name in self.scores:
+            scores = self.scores[name]
+            return scores, self._take_penalty(name, scores)
+        if not self.has_scores(name):
+            return None, None
+        a, b = (self.held(kind)[name] for kind in ("scores_A", "scores_B"))
+        penalty, kind = self._take_penalty(name, a), self.pruning_config[name].score_init
+        return LowRankScores.apply(a, b, self.matrix, kind, self.block(name), penalty), None
 
     def _noise(self, name: str) -> Optional[torch.Tensor]:
         """Noise of the gates, in training only; the same on all ranks, another for each layer and step."""

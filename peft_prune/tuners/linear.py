@@ -8,6 +8,7 @@ from typing import Optional, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from .layer import PruningLayer
@@ -24,13 +25,17 @@ class MatrixLayer(PruningLayer):
             return super()._apply_adapters(x)
         name = names[0]
         self._look_at_schedule(name)
-        scores, update = (self.held(kind).get(name) for kind in ("scores", "update"))
-        penalty = None if scores is None else self._take_penalty(name, scores)
-        mask, bias = self.get_mask(name), cast(Optional[torch.Tensor], self.bias)
-        return MaskedLinear.apply(x, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+        scores, penalty = self._differentiable_scores(name)
+        update, mask = self.update[name] if name in self.update else None, self.get_mask(name)
+        bias = cast(Optional[torch.Tensor], self.bias)
+        # of more than two dimensions the output would be a view made in the function, and such may not be changed in
+        # place, as DeBERTa does with its queries
+        flat = x.reshape(-1, x.shape[-1])
+        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     def _is_selected_in_training(self, name: str) -> bool:
-        trained = name in self.progress and (name in self.scores or name in self.update)
+        trained = name in self.progress and (self.has_scores(name) or name in self.update)
         return trained and not self.pruning_config[name].gated and not self.weight.requires_grad
 
 
@@ -60,6 +65,8 @@ def layer_class_for(
     module: nn.Module, classes: Mapping[type[nn.Module], type[PruningLayer]] = LAYER_CLASSES
 ) -> Optional[type[PruningLayer]]:
     """Layer class that can prune a module, or `None`. Subclasses count if they do not override `forward`."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention takes its weight and never calls it, so a mask would be passed by
     for base, layer_class in classes.items():
         if isinstance(module, base) and type(module).forward is base.forward:
             return layer_class if cast(torch.Tensor, module.weight).is_floating_point() else None

@@ -19,19 +19,26 @@ def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]
     for name in check_adapters_to_merge(layer, adapter_names):
         if name not in layer._get_available_adapters():
             continue
+        if safe_merge:
+            _check_finite(layer, name, *(layer.held(k)[name] for k in layer.trained_names if name in layer.held(k)))
         weight = layer.weight.data
         mask = layer._as_matrix(layer.get_mask(name))
         merged = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)).to(weight.dtype))
-        if safe_merge and not bool(torch.isfinite(merged).all() and torch.isfinite(weight).all()):
-            raise ValueError(
-                f"Weights that are not finite found in {layer.module_name!r} while merging adapter {name!r}. The base "
-                "model or the adapter seems to be broken."
-            )
+        if safe_merge:
+            _check_finite(layer, name, merged, weight)
         # a mask alone changes what it removes, kept values change everything
         changed = torch.ones_like(mask) if layer.changes_weights(name) else ~mask
         layer._stash.append((name, changed, weight[changed]))
         weight.copy_(merged)
         layer.merged_adapters.append(name)
+
+
+def _check_finite(layer: StoredForm, name: str, *tensors: torch.Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {name} seems to be broken, or the base model is: "
+            f"values that are not finite found in {layer.module_name!r}."
+        )
 
 
 def unmerge(layer: StoredForm) -> None:

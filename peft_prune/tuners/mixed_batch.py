@@ -25,7 +25,10 @@ def routed(model: nn.Module, adapter_names: Sequence[str], num_beams: Optional[i
         ValueError: the model is in training mode, or a name is unknown.
     """
     if model.training:
-        raise ValueError("adapter_names is for inference only. Call model.eval() first.")
+        raise ValueError(
+            "Cannot pass `adapter_names` when the model is in training mode. It is for inference only: call "
+            "model.eval() first."
+        )
     known = {name for layer in pruning_layers(model) for name in layer._get_available_adapters()} | {BASE}
     unknown = sorted(set(adapter_names) - known)
     if unknown:

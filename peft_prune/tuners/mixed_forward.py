@@ -18,16 +18,21 @@ def mixed_batch_forward(layer: StoredForm, x: torch.Tensor, adapter_names: list[
         ValueError: adapters are merged, or there is not a name for each sample.
     """
     if layer.merged:
-        raise ValueError("adapter_names cannot be used while adapters are merged. Call model.unmerge_adapter().")
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
     times, rest = divmod(len(x), len(adapter_names))
     if rest:
-        raise ValueError(f"adapter_names has {len(adapter_names)} entries, but the batch has {len(x)} samples.")
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {len(x)} respectively."
+        )
     # beams, and models that flatten batch and tokens, show a layer several rows of each sample side by side
     names = [name for name in adapter_names for _ in range(times)]
     result: Optional[torch.Tensor] = None
     for name in dict.fromkeys(adapter_names):
         weight = layer.weight
-        if name in layer.mask or name in layer.progress:
+        if layer._mask_sources(name):
             weight = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)))
         rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
         part = layer._apply_weight(x[rows], weight)

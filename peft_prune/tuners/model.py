@@ -16,7 +16,7 @@ from ..masks.granularity import Granularity, parse_granularity
 from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
-from .distributed import refuse_partitioned, without_shards
+from .distributed import unsplit, without_shards
 from .heads import head_granularity
 from .layer import PruningLayer
 from .linear import LAYER_CLASSES, layer_class_for
@@ -53,7 +53,7 @@ def default_target_modules(model: nn.Module) -> set[str]:
     if not suffixes:
         raise ValueError(
             f"target_modules was not given, and {type(model).__name__} has no linear layers inside numbered blocks "
-            "(names like 'encoder.layer.0.output.dense'). Name the modules to prune in `target_modules`."
+            "(names like 'encoder.layer.0.output.dense'). Please specify `target_modules`, the modules to prune."
         )
     return suffixes
 
@@ -155,8 +155,7 @@ class PruningModel(BaseTuner):
                 "transformers' Conv1D with floating point weights. Take it out of `target_modules`, or name it in "
                 "`exclude_modules`."
             )
-        refuse_partitioned(name, module)
-        return layer_class(module, self.prefix, name)
+        return layer_class(unsplit(name, module), self.prefix, name)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -198,14 +197,16 @@ class PruningModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        if not config.finalized and not config.trains:
+        if not config.finalized and not config.trains and config.init_weights:
             raise ValueError(config.without_mask)
-        if not config.finalized and not any(
-            m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer)
+        if (
+            config.trains
+            and not config.finalized
+            and not any(m.schedule_is_managed for m in model.modules() if isinstance(m, PruningLayer))
         ):
             warn_once(
                 "not final",
-                f"Adapter {adapter_name!r} is saved with its scores, 4 bytes a weight, so that training can go on. "
+                f"Adapter {adapter_name!r} is saved with its scores, not with masks, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

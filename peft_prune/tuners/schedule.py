@@ -82,13 +82,17 @@ def _update_adapter(
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
         return report
-    weight = _penalty_weight(config, step, total)
-    kept = kept_weights(name, layers, step, total)
-    for layer, count in zip(gathered(layers, config.needs_weights), kept, strict=True):
-        layer.set_kept(name, count, step, total)
+    renewed = step % config.mask_interval == 0 or step == total
+    counts = kept_weights(name, layers, step, total) if renewed else [layer.kept(name) for layer in layers]
+    for layer, kept in zip(gathered(layers, config.needs_weights), counts, strict=True):
+        layer.set_kept(name, kept, step, total)
+        if not renewed:
+            layer.keep_mask(name)
         layer.get_mask(name)  # now, so that compiled forward passes find it
-        if weight and config.learns_scores:
-            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.scores[name].numel()))
+    weight = _penalty_weight(config, step, total)
+    if weight and config.learns_scores:
+        for layer in layers:
+            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.score_count(name)))
     return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
 
 
@@ -102,8 +106,8 @@ def penalty(model: nn.Module) -> float:
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
         if config.penalty and step >= 0 and config.learns_scores:
-            whole = gathered(layers)
-            means = [sigmoid_penalty(layer.scores[name].detach(), config.penalty_offset) for layer in whole]
+            whole = gathered(layers, config.needs_weights)
+            means = [sigmoid_penalty(layer.ranking(name).detach(), config.penalty_offset) for layer in whole]
             mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
     return total
@@ -128,8 +132,6 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
     shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
     if config.allocation == "local" or not shared:
         return counts
-    alike = [layers[i] for i in shared]
-    rankings = [layer.ranking(name) for layer in gathered(alike, config.needs_weights)]
     areas = {math.prod(layers[i].block(name)) for i in shared}
     if len(areas) > 1:
         raise ValueError(
@@ -137,8 +139,11 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
             f"{max(areas)} weights). Use allocation='local', or target matrices of one shape."
         )
     density = densities[shared[0]]
+    # one after another: scores of low rank are made, and those of several processes gathered, when they are asked for
+    alike = [layers[i] for i in shared]
+    rankings = (layer.ranking(name) for layer in gathered(alike, config.needs_weights))
     if config.allocation == "global":
-        allocated = allocate_globally(rankings, density)
+        allocated = allocate_globally(list(rankings), density)
     else:
         kinds = [module_kind(layers[i].module_name) for i in shared]
         allocated = allocate_by_score(rankings, kinds, density, config.temperature)

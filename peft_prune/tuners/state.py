@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Optional
 
 import torch
@@ -10,11 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..config import PruningConfig
+from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
 from .cached_weight import CachedWeight
+from .distributed import mask_unknown
+from .low_rank_scores import initial_factors, low_rank_scores
 from .watch import ScheduleWatch
 
 
@@ -22,10 +25,11 @@ class AdapterState(nn.Module, BaseTunerLayer):
     """State of a layer that replaces a target module.
 
     Of each adapter a layer holds, while it is trained, `progress` (int64: optimizer step, total steps, number of
-    weights kept), and as the method has them `scores` (float, one for each block of weights) and `update` (float, shape
-    (out, in): what is added to the weight); or, once final, `mask` (uint8, entropy coded) and `values` (uint8, the kept
-    values, if the method changes them). All are named with the method's prefix, `smp_scores` and so on, as PEFT and
-    Transformers want it. Everything is (out, in) whatever the layout of the base weight.
+    weights kept), and as the method has them `scores` (float, one for each block of weights) or their factors
+    `scores_A` and `scores_B` (float, see `low_rank_scores`), and `update` (float, shape (out, in): what is added to
+    the weight); or, once final, `mask` (uint8, entropy coded) and `values` (uint8, the kept values, if the method
+    changes them). All are named with the method's prefix, `smp_scores` and so on, as PEFT and Transformers want it.
+    Everything is (out, in) whatever the layout of the base weight.
 
     Args:
         base_layer (`nn.Module`): the module to prune.
@@ -34,11 +38,13 @@ class AdapterState(nn.Module, BaseTunerLayer):
     """
 
     # what a layer holds of an adapter, without the prefix: parameters, and persistent buffers
-    trained_names: tuple[str, ...] = ("scores", "update")
+    score_names: tuple[str, ...] = ("scores", "scores_A", "scores_B")
+    trained_names: tuple[str, ...] = (*score_names, "update")
     stored_names: tuple[str, ...] = ("mask", "values", "progress")
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
+        self.training = base_layer.training  # an adapter that is added to a model in eval mode is in eval mode
         self.base_layer = base_layer
         self.prefix = prefix
         self.module_name = module_name
@@ -109,6 +115,16 @@ class AdapterState(nn.Module, BaseTunerLayer):
         out_features, in_features = self.matrix.shape if self.weight.dim() == 2 else self._shape
         return int(out_features), int(in_features)
 
+    @property
+    def in_features(self) -> int:
+        """Inputs of the pruned matrix."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the pruned matrix."""
+        return self.shape[0]
+
     def _as_matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """View a tensor of the base weight's layout as (out, in), or back."""
         return tensor
@@ -149,17 +165,35 @@ class AdapterState(nn.Module, BaseTunerLayer):
                 f"Adapter {name!r} starts from the weight of {self.module_name!r}, into which {self.merged_adapters} "
                 "are merged. Call model.unmerge_adapter() first."
             )
-        if config.learns_scores:
+        if config.learns_scores and config.score == "low_rank":
+            self._add_factors(name, config)
+        elif config.learns_scores:
             self.scores[name] = nn.Parameter(initial_scores(matrix, kind, self.block(name)))
         if config.updates_weights:
-            self.update[name] = nn.Parameter(torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device))
+            update = torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device)
+            if not (config.init_weights or config.learns_scores or config.from_existing_zeros):
+                update.normal_(0, float(matrix.detach().abs().mean()))  # no score that could be random
+            self.update[name] = nn.Parameter(update)
         if config.from_existing_zeros:
             kept = int((matrix != 0).sum())
         else:
-            sparsity = config.initial_sparsity if config.init_weights else self.target_sparsity(name)
+            final = DEFAULT_SPARSITY if config.finds_sparsity else self.target_sparsity(name)
+            sparsity = config.initial_sparsity if config.init_weights else final
             kept = self.granularity[name].count(1.0 - sparsity, self.shape)
         self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=matrix.device)
         self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=matrix.device)
+
+    def _add_factors(self, name: str, config: PruningConfig) -> None:
+        block = self.block(name)
+        shape = (self.shape[0] // block[0], self.shape[1] // block[1])
+        if config.score_rank >= min(shape):
+            raise ValueError(
+                f"score_rank={config.score_rank!r} is not below the smaller side of the {shape} scores of "
+                f"{self.module_name!r}. Use a lower rank, or score='movement'."
+            )
+        factors = initial_factors(shape, config.score_rank, self.weight.device, random=not config.init_weights)
+        for kind, factor in zip(("scores_A", "scores_B"), factors, strict=True):
+            self.held(kind)[name] = nn.Parameter(factor)
 
     def block(self, adapter_name: str) -> tuple[int, int]:
         """Rows and columns of the blocks that are kept or removed as one."""
@@ -178,6 +212,20 @@ class AdapterState(nn.Module, BaseTunerLayer):
         return sparsity
 
     # ------------------------------------------------------------------- masks
+
+    def has_scores(self, adapter_name: str) -> bool:
+        """Whether an adapter has scores in training, whole or as factors."""
+        return any(adapter_name in self.held(kind) for kind in self.score_names)
+
+    def score_count(self, adapter_name: str) -> int:
+        """Number of scores, one for each block of weights."""
+        return math.prod(self.shape) // math.prod(self.block(adapter_name))
+
+    def keep_mask(self, adapter_name: str) -> None:
+        """Take the mask that was computed last for the current one, although scores have moved on."""
+        if adapter_name in self._masks:
+            sources = self._mask_sources(adapter_name)
+            self._masks[adapter_name] = (sources, [t._version for t in sources], self._masks[adapter_name][2])
 
     def kept(self, adapter_name: str) -> int:
         """Number of weights that the adapter keeps at present."""
@@ -204,6 +252,11 @@ class AdapterState(nn.Module, BaseTunerLayer):
             scores = self.scores[adapter_name]
             # what was gathered is gone soon, and FSDP cannot free what NumPy has seen
             return scores.detach().clone() if self.is_whole else scores
+        if adapter_name in self.held("scores_A"):
+            start = initial_scores(self.matrix, self.pruning_config[adapter_name].score_init, self.block(adapter_name))
+            return low_rank_scores(
+                start, *(self.held(kind)[adapter_name].detach() for kind in ("scores_A", "scores_B"))
+            )
         magnitude = self._updated(adapter_name, self.matrix).detach().abs()
         return pool(magnitude, self.block(adapter_name))
 
@@ -226,7 +279,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
         """What the mask follows from: it is computed anew when one of these changes."""
         if adapter_name in self.shards and adapter_name not in self.mask:
             return (*self.shards[adapter_name], self.progress[adapter_name])
-        holders = (self.mask,) if adapter_name in self.mask else (self.scores, self.update, self.progress)
+        kinds = ("mask",) if adapter_name in self.mask else (*self.score_names, "update", "progress")
+        holders = [self.held(kind) for kind in kinds]
         return tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
 
     def _compute_mask(self, adapter_name: str) -> torch.Tensor:
@@ -235,11 +289,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
             info = (config.mask_info or {})[self.module_name]
             return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
         if adapter_name in self.shards and not self.is_whole:
-            raise RuntimeError(
-                f"The scores of {self.module_name!r} are split among processes and have changed since the schedule was "
-                "advanced, so the mask in force is not known here. Call peft_prune.update_schedule(model, step) after "
-                "each optimizer step, in every process; PruningCallback does."
-            )
+            raise mask_unknown(self.module_name)
         if config.from_existing_zeros:
             return self.matrix != 0
         block = self.block(adapter_name)

@@ -49,13 +49,14 @@ class DSEELayer(PruningLayer):
         self.held("A")[name] = nn.Parameter(spread.to(matrix.device))
         start = torch.zeros(part.shape[0], config.r)
         if not config.init_weights:
-            start.normal_(0, 0.02, generator=generator)
+            start.normal_(0, 0.02)  # not seeded, so that two such adapters differ
         self.held("B")[name] = nn.Parameter(start.to(matrix.device))
         if config.num_sparse:
             self.held("sparse")[name] = nn.Parameter(torch.zeros(config.num_sparse, device=matrix.device))
             places = torch.zeros(config.num_sparse, dtype=torch.int64, device=matrix.device)
             self.held("support")[name] = places if config.finalized else choose_support(part, config, seed)
-        self.dropout[name] = nn.Dropout(config.lora_dropout)
+        self.dropout[name] = nn.Dropout(config.lora_dropout).train(self.training)
+        self._move_adapter_to_device_of_base_layer(name)  # and to its dtype, as for what the base class adds
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_trained(self, name: str, config: Any) -> None:

@@ -6,6 +6,7 @@ import logging
 from typing import Any, Optional, cast
 
 import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from ...structure.sites import HEADS, find_sites
@@ -44,12 +45,27 @@ class DSEEModel(PruningModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
-            sites = [site for site in find_sites(self.model) if site.attention is not None]
-            names = {(site.attention.query, site.attention.value) for site in sites if site.attention}
-            peft_config.target_modules = {name for pair in names for name in pair}
+            peft_config.target_modules = self._queries_and_values(model_config)
         if peft_config.prune_target_modules is None:
-            peft_config.prune_target_modules = default_target_modules(self.model)
+            try:
+                peft_config.prune_target_modules = default_target_modules(self.model)
+            except ValueError:  # no numbered blocks: what the user has named is all there is to go by
+                peft_config.prune_target_modules = peft_config.target_modules
         return peft_config
+
+    def _queries_and_values(self, model_config: dict) -> Any:
+        """Names of the projections of queries and values; where the anatomy is not known, LoRA's default targets."""
+        try:
+            sites = find_sites(self.model)
+        except ValueError as error:
+            names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
+            if names is None:
+                raise ValueError(
+                    "Please specify `target_modules`, the modules to update. By default these are queries and values, "
+                    f"which were not found. {error}"
+                ) from error
+            return names if isinstance(names, str) else set(names)  # a string is a regular expression
+        return {name for site in sites if site.attention for name in (site.attention.query, site.attention.value)}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:

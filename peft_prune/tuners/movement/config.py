@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
     "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
 }
-SCORES, MASKS, UPDATES = ("movement", "magnitude"), ("topk", "threshold", "l0"), ("full", "none")
+SCORES, MASKS, UPDATES = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0"), ("full", "none")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class MovementPruningConfig(PruningConfig):
             probability is penalised, so that `penalty` decides, too. `"magnitude"`: the weights with the largest
             magnitude stay, recomputed as they are trained.
         score (`str`, *optional*):
-            `"movement"`, learned, or `"magnitude"`.
+            `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]); or `"magnitude"`.
         mask (`str`, *optional*):
             `"topk"`, `"threshold"` or `"l0"`: how scores become a mask.
         threshold (`float`):
@@ -65,7 +65,7 @@ class MovementPruningConfig(PruningConfig):
     """
 
     variant: str = field(default="hard", metadata={"help": "'hard', 'soft', 'l0' or 'magnitude'."})
-    score: Optional[str] = field(default=None, metadata={"help": "'movement' or 'magnitude'."})
+    score: Optional[str] = field(default=None, metadata={"help": "'movement', 'low_rank' or 'magnitude'."})  # type: ignore[misc]
     mask: Optional[str] = field(default=None, metadata={"help": "'topk', 'threshold' or 'l0'."})
     threshold: float = field(default=0.1, metadata={"help": "Threshold of sigmoid(S) for mask='threshold'."})
     min_density: float = field(default=0.005, metadata={"help": "Least share kept of a matrix by a threshold."})  # type: ignore[misc]
@@ -97,6 +97,8 @@ class MovementPruningConfig(PruningConfig):
     def _check_combination(self, density: Optional[float]) -> None:
         if self.score == "magnitude" and self.mask != "topk":
             raise ValueError(f"mask={self.mask!r} needs learned scores. Use mask='topk' with score='magnitude'.")
+        if self.score == "low_rank" and self.mask == "l0":
+            raise ValueError("mask='l0' gives each weight a gate of its own. Use score='movement' with it.")
         if self.update == "none" and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros):
             raise ValueError(
                 f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
@@ -117,7 +119,7 @@ class MovementPruningConfig(PruningConfig):
     @property
     def learns_scores(self) -> bool:
         """Whether scores are trained."""
-        return self.score == "movement" and not self.from_existing_zeros
+        return self.score != "magnitude" and not self.from_existing_zeros
 
     @property
     def updates_weights(self) -> bool:  # type: ignore[override]

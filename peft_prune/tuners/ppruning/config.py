@@ -38,6 +38,8 @@ class PPruningConfig(PruningConfig):
             How dimensions of two heads are matched: `"assignment"` (the best way) or `"greedy"` (the paper's).
         linkage (`str`):
             `"complete"` (the paper's), `"average"` or `"single"`.
+        init_weights (`bool`):
+            If `False`, a random choice of heads and neurons is in force until `calibrate` makes its own. For tests.
         criterion (`str`):
             `"similarity"` (the paper's), or as baselines `"magnitude"` (units with the smallest weights go) or
             `"random"`.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from ...structure.sites import find_sites
 from ..model import PruningModel
+from .layer import PPRUNING_LAYERS, PPruningLayer
 
 
 class PPruningModel(PruningModel):
@@ -35,6 +36,7 @@ class PPruningModel(PruningModel):
     """
 
     prefix = "ppruning_"
+    layer_classes = PPRUNING_LAYERS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = args[0] if args else kwargs["model"]
@@ -57,7 +59,8 @@ class PPruningModel(PruningModel):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        outputs = {site.output for site in find_sites(model)}
+        self._sites = find_sites(model)
+        outputs = {site.output for site in self._sites}
         others = [name for name in self._find_targets(peft_config, model) if name not in outputs]
         if others:
             raise ValueError(
@@ -65,3 +68,15 @@ class PPruningModel(PruningModel):
                 f"is all that P-pruning can remove. Take it out; {sorted(outputs)[0]!r} is one that can be pruned."
             )
         super()._prepare_model(peft_config, model)
+
+    def _create_and_replace(  # type: ignore[override]
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **optional_kwargs: Any,
+    ) -> None:  # fmt: skip
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+        )
+        if not peft_config.init_weights and not peft_config.finalized:
+            site = next(site for site in self._sites if site.output == current_key)
+            layer = cast(PPruningLayer, getattr(parent, target_name))
+            layer.draw_columns(adapter_name, site.columns, peft_config.keep_ratio)

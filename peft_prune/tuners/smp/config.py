@@ -7,7 +7,7 @@ from typing import Union
 
 from peft.utils import PeftType
 
-from ...config import PruningConfig
+from ...config import PruningConfig, _check_choice
 
 
 @dataclass
@@ -20,6 +20,12 @@ class SMPConfig(PruningConfig):
     of it to 400, scores learn at 2e-2. One is not: scores start at `|W| / std(W)`, since from 0 (`score_init="zeros"`,
     the paper's) a short training does not get away from the noise of its first steps.
 
+    Args:
+        score (`str`):
+            `"movement"`: each weight has a score of its own, as in the paper. `"low_rank"`: the scores of a matrix are
+            where they start, plus a product of rank `score_rank`, plus a number for each row and each column (PST, Li
+            et al. 2022), so that as few numbers are trained as by a LoRA.
+
     Example:
 
         ```py
@@ -29,11 +35,13 @@ class SMPConfig(PruningConfig):
         ```
     """
 
+    score: str = field(default="movement", metadata={"help": "'movement' or 'low_rank'."})  # type: ignore[misc]
     penalty: float = field(default=400.0, metadata={"help": "Final weight of the penalty on the scores."})
     score_init: Union[str, float] = field(
         default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's) or 'random'."}
     )
 
     def __post_init__(self, density=None):
+        _check_choice("score", self.score, ("movement", "low_rank"))
         super().__post_init__(density)
         self.peft_type = PeftType("SMP")

@@ -1,0 +1,127 @@
+"""Linear layers of a model in the form that is fastest where they run, and back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .choice import Choice, Timer, candidates, choose, wall_time
+from .report import LayerForm, SparseReport
+from .sparse_linear import SparseLinear, out_in
+
+
+def use_sparse_kernels(
+    model: nn.Module,
+    *,
+    tokens: Union[int, Sequence[int]] = 128,
+    margin: float = 1.1,
+    timer: Optional[Timer] = None,
+) -> SparseReport:
+    """
+    Give each pruned linear layer the form that is fastest where it runs, in place, for inference.
+
+    Call it on a plain model, after `merge_and_unload` and after the last `.to(device, dtype)`. For each `nn.Linear` and
+    Transformers' `Conv1D`, dense is timed against CSR, and against `"2:4"` on GPUs that have it, on random
+    activations, with the device, dtype and threads of the moment. A layer stays dense unless a sparse form is clearly
+    faster. Layers of one shape and about one density (a tenth apart) share a measurement.
+
+    Converted layers are [`SparseLinear`]. `state_dict` and `save_pretrained` give the dense weights. Layers whose
+    weight another module shares, and layers with hooks, are left as they are.
+
+    Args:
+        model (`nn.Module`): without adapters.
+        tokens (`int` or sequence of `int`): rows of activations that a layer sees in a call, that is batch × length;
+            1 for generation of one sequence with a cache. Of several numbers, a form has to win at each.
+        margin (`float`): a sparse form is taken if dense takes at least so many times as long.
+        timer (function, *optional*): takes a function without arguments, calls it and returns seconds; by default wall
+            time.
+
+    Returns:
+        [`SparseReport`]: a list of [`LayerForm`], one for each linear layer.
+
+    Raises:
+        ValueError: adapters are still in the model, or `tokens` or `margin` is less than 1.
+    """
+    sizes = _check(model, tokens, margin)
+    use_dense_kernels(model)
+    report = SparseReport()
+    chosen: dict[tuple[Any, ...], Choice] = {}
+    for name, layer in _linear_layers(model):
+        weight = out_in(layer)
+        density = float((weight != 0).sum()) / weight.numel()
+        found = candidates(weight, density, sizes) if 0 < density < 1 else []
+        choice = Choice("dense", 1.0)
+        if found:
+            key = _kind(layer, density, found)
+            if key not in chosen:
+                chosen[key] = choose(layer, found, sizes, margin, timer or wall_time)
+            choice = chosen[key]
+        kernel = choice.kernel(weight)
+        if kernel is not None:
+            _replace(model, name, SparseLinear(layer, kernel))
+        report.append(LayerForm(name, (weight.shape[0], weight.shape[1]), density, choice.form, choice.speed_up))
+    return report
+
+
+def use_dense_kernels(model: nn.Module) -> nn.Module:
+    """
+    Turn what [`use_sparse_kernels`] did back, in place; the weights stay frozen.
+
+    Args:
+        model (`nn.Module`): any model.
+
+    Returns:
+        `nn.Module`: the same model.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SparseLinear) and name:
+            _replace(model, name, layer.dense())
+    return model
+
+
+def _kind(layer: Any, density: float, found: Sequence[Choice]) -> tuple[Any, ...]:
+    """What a measurement depends on: layers of one kind share it."""
+    weight, forms = layer.weight, tuple(candidate.form for candidate in found)
+    return (
+        type(layer), layer.bias is None, weight.shape, weight.dtype, weight.device, round(math.log(density, 1.1)), forms
+    )  # fmt: skip
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
+
+
+def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers that can be replaced: exactly `nn.Linear` or `Conv1D`, with a weight of their own and no hooks."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = []
+    for name, layer in model.named_modules():
+        if type(layer) not in (nn.Linear, Conv1D) or not name:
+            continue
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+        if owners[id(layer.weight)] == 1 and not hooks and not layer.weight.is_meta:
+            found.append((name, layer))
+    return found
+
+
+def _check(model: nn.Module, tokens: Union[int, Sequence[int]], margin: float) -> tuple[int, ...]:
+    """`tokens` as a tuple."""
+    if any(isinstance(m, (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()):
+        raise ValueError("The model has adapters. Call `model = model.merge_and_unload()` first, then this.")
+    if isinstance(model, (nn.Linear, Conv1D)):
+        raise ValueError(f"model={type(model).__name__}: a layer cannot be replaced in itself; give a model around it.")
+    sizes = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"tokens={tokens!r}: give a number of rows of at least 1, or several.")
+    if margin < 1:
+        raise ValueError(f"margin={margin}: less than 1 would take forms that are slower than dense.")
+    return sizes

@@ -1,0 +1,92 @@
+"""Scores of low rank: what a matrix starts from, plus factors that are as few numbers as those of a LoRA."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+
+from ..masks.importance import initial_scores
+from ..masks.penalty import sigmoid_penalty_grad
+
+
+def low_rank_scores(start: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022; its `α|W|` is `S₀` of `score_init="magnitude"`).
+
+    Args:
+        start (`torch.Tensor`): `S₀`, float, shape (rows, columns).
+        a (`torch.Tensor`): float, shape (rows, rank + 1): `A`, and in the last column `r`, one number for each row.
+        b (`torch.Tensor`): float, shape (rank + 1, columns): `B`, and in the last row `c`, one for each column.
+
+    Returns:
+        `torch.Tensor`: float, shape (rows, columns).
+    """
+    with torch.autocast(a.device.type, enabled=False):  # two ranks may not round differently
+        result = torch.addmm(start, a[:, :-1], b[:-1])
+    return result.add_(a[:, -1:]).add_(b[-1:])
+
+
+class LowRankScores(torch.autograd.Function):
+    """Stands for scores of low rank where a gradient of scores is computed, without holding any.
+
+    Forward gives a view of a single zero, in the shape of the scores, since a mask depends on scores through their
+    ranking only. Backward takes the gradient of the scores and gives that of their factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        matrix: torch.Tensor,
+        kind: str | float,
+        block: tuple[int, int],
+        penalty: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """Make the stand-in.
+
+        Args:
+            ctx: autograd's context.
+            a (`torch.Tensor`): see [`low_rank_scores`], as is `b`.
+            b (`torch.Tensor`): shape (rank + 1, columns).
+            matrix (`torch.Tensor`): the weight that scores start from, shape (out, in).
+            kind (`str` or `float`): how they start from it, the config's `score_init`.
+            block (`tuple[int, int]`): rows and columns that share a score.
+            penalty (`torch.Tensor`, *optional*): 0-dim, the factor of `σ'(S)` in the gradient of the scores.
+        """
+        ctx.save_for_backward(a, b, matrix)
+        # see MaskedWeight for why the penalty is not among the saved tensors
+        ctx.kind, ctx.block, ctx.penalty = kind, block, penalty
+        return a.new_zeros(()).expand(a.shape[0], b.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
+        """Gradients of the factors: `G·Bᵀ` and the sums of its rows, `Aᵀ·G` and the sums of its columns."""
+        a, b, matrix = ctx.saved_tensors
+        if ctx.penalty is not None:
+            scores = low_rank_scores(initial_scores(matrix, ctx.kind, ctx.block), a, b)
+            grad = sigmoid_penalty_grad(scores, ctx.penalty).add_(grad)
+        grad_a = torch.cat([grad @ b[:-1].T, grad.sum(1, keepdim=True)], dim=1)
+        grad_b = torch.cat([a[:, :-1].T @ grad, grad.sum(0, keepdim=True)])
+        return grad_a, grad_b, None, None, None, None
+
+
+def initial_factors(
+    shape: tuple[int, int], rank: int, device: torch.device, random: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors before training: as in a LoRA the first is random and the second zero, so that scores are `S₀`.
+
+    Args:
+        shape (`tuple[int, int]`): rows and columns of the scores.
+        rank (`int`): of `A·B`.
+        device (`torch.device`): where they live.
+        random (`bool`): whether the second is random as well, and so the scores.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: float32, shapes (rows, rank + 1) and (rank + 1, columns).
+    """
+    a = torch.randn(shape[0], rank + 1, device=device) / rank**0.5
+    a[:, -1] = 0
+    b = torch.zeros(rank + 1, shape[1], device=device)
+    return a, torch.randn_like(b) if random else b
