@@ -67,8 +67,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
         self.cached_weight = CachedWeight()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # where parameters are split among processes: what is left of them here, by adapter; see `distributed.py`
-        self.shards: dict[str, tuple[torch.Tensor, ...]] = {}
+        self.shards: dict[str, tuple[torch.Tensor, ...]] = {}  # by adapter; see `distributed.py`
         self.is_whole = False
         self._shape = tuple(self.matrix.shape)  # as long as it is known: FSDP flattens weights
         self._watch = ScheduleWatch()
@@ -250,8 +249,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
         """What decides which blocks stay, the largest first: float, shape (out / rows, in / columns)."""
         if adapter_name in self.scores:
             scores = self.scores[adapter_name]
-            # what was gathered is gone soon, and FSDP cannot free what NumPy has seen
-            return scores.detach().clone() if self.is_whole else scores
+            return scores.detach().clone() if self.is_whole else scores  # what was gathered is gone soon
         if adapter_name in self.held("scores_A"):
             start = initial_scores(self.matrix, self.pruning_config[adapter_name].score_init, self.block(adapter_name))
             return low_rank_scores(
