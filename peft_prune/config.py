@@ -352,6 +352,11 @@ class PruningConfig(PeftConfig):
         return self.trains
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether masks follow from the base weights, and not from scores alone."""
+        return self.from_existing_zeros or not self.learns_scores or self.score == "low_rank"
+
+    @property
     def temperature(self) -> float:
         """Temperature of `allocation="score"` in force (SMP, section 4.1: 1, and 3 or 4 from a density of 0.5 on)."""
         if self.allocation_temperature is not None:

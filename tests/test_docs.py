@@ -71,4 +71,4 @@ def test_measured_numbers_name_the_command_that_made_them(page):
     for section in sections:
         title = section.split("\n")[0]
         if title in ("Measured", "Numbers", "What pays"):
-            assert re.search(r"`[^`]*(benchmarks/|make )[^`]*`", section), f"{page.name}, {title}: no command"
+            assert re.search(r"`[^`]*(benchmarks/|tests/|make )[^`]*`", section), f"{page.name}, {title}: no command"

@@ -47,6 +47,18 @@ def test_quickstart_with_a_model_and_a_data_set_of_the_hub(tmp_path):
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_accelerate_loop_in_two_processes(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(EXAMPLES / "accelerate_loop.py"), "--cpu", "--sparsity", "0.7", "--output", str(tmp_path)]
+    short = ["--steps", "3", "--batch-size", "8", "--max-train", "24", "--max-eval", "24"]
+    run = subprocess.run(command + short, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "2 process(es) on cpu" in run.stdout and "sparsity 0.700" in run.stdout
+    accuracies = re.findall(r"accuracy.*?: ([\d.]+) %", run.stdout)
+    assert len(accuracies) == 2 and accuracies[0] == accuracies[1]
+
+
 def main_of(name, monkeypatch):
     """`main` of an example, whose modules lie beside it."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

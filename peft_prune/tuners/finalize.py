@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.codec import VERSION
+from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
 from .schedule import sparsity, trained_adapters
 
@@ -35,10 +36,11 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         )
     for name, layers in adapters.items():
         config = layers[0].pruning_config[name]
+        check_wrapping(model, layers)
         _warn_if_target_missed(name, layers, config)
-        for layer in layers:
+        for layer in gathered(layers, config.needs_weights):
             layer.get_mask(name)  # scores that cannot be ranked are told before the first layer is changed
-        config.mask_info = {layer.module_name: layer.finalize(name) for layer in layers}
+        config.mask_info = {layer.module_name: layer.finalize(name) for layer in gathered(layers, True)}
         config.finalized, config.mask_format = True, VERSION
 
 

@@ -18,6 +18,7 @@ from ..structure.shrink import shrink as shrink_model
 from ..structure.sites import find_sites
 from .combine import add_combined_adapter
 from .convolution import CONVOLUTIONS
+from .distributed import unsplit, without_shards
 from .embedding import PrunedEmbedding
 from .heads import head_granularity
 from .layer import PruningLayer, pruning_layers
@@ -128,7 +129,7 @@ class PruningModel(BaseTuner):
         layer_class = layer_class_for(module, self.layer_classes, self.quantized_layer_class)
         if layer_class is None or isinstance(module, BaseTunerLayer):
             raise refuse(module, name, self.layer_classes)
-        return layer_class(module, self.prefix, name)
+        return layer_class(unsplit(name, module), self.prefix, name)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -182,7 +183,8 @@ class PruningModel(BaseTuner):
                 f"Adapter {adapter_name!r} is saved with its scores, not with masks, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return without_shards(found, cls.prefix) if config.finalized else found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -12,6 +12,7 @@ from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
+from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
 
 
@@ -77,12 +78,13 @@ def _update_adapter(
     if not 0 <= step <= total:
         raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
     config.total_steps = total
+    check_wrapping(model, layers)
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
         return report
     renewed = step % config.mask_interval == 0 or step == total
     counts = kept_weights(name, layers, step, total) if renewed else [layer.kept(name) for layer in layers]
-    for layer, kept in zip(layers, counts, strict=True):
+    for layer, kept in zip(gathered(layers, config.needs_weights), counts, strict=True):
         layer.set_kept(name, kept, step, total)
         if not renewed:
             layer.keep_mask(name)
@@ -104,7 +106,8 @@ def penalty(model: nn.Module) -> float:
         config = layers[0].pruning_config[name]
         step, steps = layers[0].progress[name][:2].tolist()
         if config.penalty and step >= 0 and config.learns_scores:
-            means = [sigmoid_penalty(layer.ranking(name).detach(), config.penalty_offset) for layer in layers]
+            whole = gathered(layers, config.needs_weights)
+            means = [sigmoid_penalty(layer.ranking(name).detach(), config.penalty_offset) for layer in whole]
             mean = torch.stack(means).mean()
             total += _penalty_weight(config, step, steps) * float(mean)
     return total
@@ -121,7 +124,7 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
         return [layer.kept(name) for layer in layers]
     threshold = config.score_threshold_at(step, total_steps)
     if threshold is not None:
-        return [_above(layer, name, threshold, config.min_density) for layer in layers]
+        return [_above(layer, name, threshold, config.min_density) for layer in gathered(layers)]
     densities = [
         1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
     ]
@@ -136,12 +139,14 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
             f"{max(areas)} weights). Use allocation='local', or target matrices of one shape."
         )
     density = densities[shared[0]]
+    # one after another: scores of low rank are made, and those of several processes gathered, when they are asked for
+    alike = [layers[i] for i in shared]
+    rankings = (layer.ranking(name) for layer in gathered(alike, config.needs_weights))
     if config.allocation == "global":
-        allocated = allocate_globally([layers[i].ranking(name) for i in shared], density)
+        allocated = allocate_globally(list(rankings), density)
     else:
         kinds = [module_kind(layers[i].module_name) for i in shared]
-        # one after another: scores of low rank are made when they are asked for
-        allocated = allocate_by_score((layers[i].ranking(name) for i in shared), kinds, density, config.temperature)
+        allocated = allocate_by_score(rankings, kinds, density, config.temperature)
     for i, count in zip(shared, allocated, strict=True):
         counts[i] = count * min(areas)
     return counts

@@ -16,6 +16,7 @@ from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
 from .cached_weight import CachedWeight
+from .distributed import mask_unknown
 from .low_rank_scores import initial_factors, low_rank_scores
 from .watch import ScheduleWatch
 
@@ -66,6 +67,9 @@ class AdapterState(nn.Module, BaseTunerLayer):
         self.cached_weight = CachedWeight()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.shards: dict[str, tuple[torch.Tensor, ...]] = {}  # by adapter; see `distributed.py`
+        self.is_whole = False
+        self._shape = self.shape  # as long as it is known: FSDP 1 and DeepSpeed flatten weights
         self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
@@ -107,7 +111,7 @@ class AdapterState(nn.Module, BaseTunerLayer):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the pruned matrix."""
-        out_features, in_features = self.matrix.shape
+        out_features, in_features = self.matrix.shape if self.weight.dim() > 1 else self._shape
         return int(out_features), int(in_features)
 
     @property
@@ -244,7 +248,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
     def ranking(self, adapter_name: str) -> torch.Tensor:
         """What decides which blocks stay, the largest first: float, shape (out / rows, in / columns)."""
         if adapter_name in self.scores:
-            return self.scores[adapter_name]
+            scores = self.scores[adapter_name]
+            return scores.detach().clone() if self.is_whole else scores  # what was gathered is gone soon
         if adapter_name in self.held("scores_A"):
             start = initial_scores(self.matrix, self.pruning_config[adapter_name].score_init, self.block(adapter_name))
             return low_rank_scores(
@@ -274,6 +279,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
         """What the mask follows from: it is computed anew when one of these changes."""
+        if adapter_name in self.shards and adapter_name not in self.mask:
+            return (*self.shards[adapter_name], self.progress[adapter_name])
         kinds = ("mask",) if adapter_name in self.mask else (*self.score_names, "update", "progress")
         holders = [self.held(kind) for kind in kinds]
         return tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
@@ -283,6 +290,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
         if adapter_name in self.mask:
             info = (config.mask_info or {})[self.module_name]
             return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
+        if adapter_name in self.shards and not self.is_whole:
+            raise mask_unknown(self.module_name)
         if config.from_existing_zeros:
             return self.matrix != 0
         block = self.block(adapter_name)

@@ -39,7 +39,9 @@ class StoredForm(AdapterState):
         info = self.set_mask(adapter_name, mask, None if block == (1, 1) else block)
         if matrix is not None:
             info |= self.set_values(adapter_name, matrix, mask, config.value_dtype)
-        for name in (*self.adapter_layer_names, self.prefix + "progress", "penalty_grad"):
+        # what FSDP and DeepSpeed manage is theirs to take away; it is no longer read, and not saved
+        trained = () if adapter_name in self.shards else self.adapter_layer_names
+        for name in (*trained, self.prefix + "progress", "penalty_grad"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         return info

@@ -18,7 +18,7 @@ from ..quantized import PrunedQuantizedLinear
 from ..schedule import sparsity
 from ..watch import warn_once
 from .config import DSEEConfig
-from .prune import prune_once
+from .prune import check_units, prune_once
 
 
 class DSEELayer(PruningLayer):
@@ -73,6 +73,8 @@ class DSEELayer(PruningLayer):
     ) -> Optional[dict[str, float]]:
         """Prune when the schedule passes `prune_at`; before and after, only the step is noted."""
         when = math.ceil(layers[0].pruning_config[name].prune_at * total_steps)
+        if int(layers[0].progress[name][0]) < 0:
+            check_units(model, name, layers)  # now, and not in the middle of training
         if int(layers[0].progress[name][0]) < when <= step:
             prune_once(model, name)
         for layer in layers:

@@ -7,11 +7,13 @@ from typing import Any, Optional, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...masks.selection import topk_mask
 from ...structure.clustering import least_first
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
+from ..distributed import all_gathered, check_wrapping
 from ..layer import pruning_layers
 from ..schedule import sparsity
 from .config import DSEEConfig
@@ -33,11 +35,24 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     # only DSEE's layers hold bits
     layers: list[Any] = [layer for layer in pruning_layers(model) if "bits" in layer.stored_names]
     name = adapter_name or (layers[0].active_adapters[0] if layers else "")
+    model = _unwrapped(model)
     waiting = [layer for layer in layers if name in layer.held("bits")]
     if not waiting:
         raise ValueError(f"prune_once: adapter_name={adapter_name!r} is no DSEE adapter that is not final.")
     config = cast(DSEEConfig, waiting[0].pruning_config[name])
     pruned = [layer for layer in waiting if config.prunes(layer.module_name)]
+    check_wrapping(model, waiting)
+    with all_gathered(waiting):
+        masks = _choose(model, name, config, waiting, pruned)
+    for layer in waiting:
+        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
+    return sparsity(cast(Any, pruned), name)
+
+
+def _choose(
+    model: nn.Module, name: str, config: DSEEConfig, waiting: list[Any], pruned: list[Any]
+) -> dict[str, torch.Tensor]:
+    """Masks (bool, (out, in)) by module: one threshold for each of the two groups, then heads and neurons."""
     masks = {layer.module_name: torch.ones(layer.shape, dtype=torch.bool) for layer in waiting}
     rates = (config.sparsity, config.sparsity if config.update_sparsity is None else config.update_sparsity)
     for updated, rate in zip((False, True), rates, strict=True):
@@ -47,9 +62,20 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
         _smallest_go(values, float(rate or 0), masks)
     if config.structured:
         _remove_units(model, name, config, waiting, masks)
-    for layer in waiting:
-        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
-    return sparsity(cast(Any, pruned), name)
+    return masks
+
+
+def check_units(model: nn.Module, name: str, layers: list[Any]) -> None:
+    """Raise `ValueError` if heads and neurons are to go, and cannot be found in this model."""
+    if not layers[0].pruning_config[name].structured:
+        return
+    with all_gathered(layers):
+        find_sites(_unwrapped(model))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in `DistributedDataParallel`, which hides the config."""
+    return cast(nn.Module, model.module) if isinstance(model, DistributedDataParallel) else model
 
 
 def _rows(name: str, layer: Any, updated: bool) -> torch.Tensor:

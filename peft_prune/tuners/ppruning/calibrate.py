@@ -15,6 +15,7 @@ from ...structure.clustering import column_similarity, head_similarity, least_fi
 from ...structure.flops import unit_macs
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
+from ..distributed import agreed, refuse_sharded
 from ..layer import PruningLayer, pruning_layers
 from .config import PPruningConfig
 
@@ -25,7 +26,8 @@ def calibrate(
     """Choose the heads and neurons that stay, and make the masks final.
 
     Runs the model on `config.num_samples` examples and compares the activations of `config.num_tokens` tokens of them;
-    memory does not grow with the data. Adapters of other kinds stay in force meanwhile.
+    memory does not grow with the data. Adapters of other kinds stay in force meanwhile. Of several processes, all have
+    to call it, and all get the choice of the first.
 
     Args:
         model (`nn.Module`): any model with a [`PPruningConfig`] adapter that is not calibrated yet.
@@ -47,6 +49,7 @@ def calibrate(
         raise ValueError(
             "calibrate(model, dataloader): criterion='similarity' needs a dataloader of the task's inputs."
         )
+    refuse_sharded(layers, "calibrate")
     modules = {id(module): path for path, module in model.named_modules()}
     by_output = {site.output: site for site in find_sites(model)}
     sites = {modules[id(layer)]: by_output[modules[id(layer)]] for layer in layers}
@@ -55,7 +58,7 @@ def calibrate(
         inputs = _collect(model, layers, sites, dataloader, config)
     generator = torch.Generator().manual_seed(config.seed)
     plans = [_plan(model, site, inputs.get(path), config, generator) for path, site in sites.items()]
-    kept = choose_units(plans, config.keep_ratio, config.lambda_ffn)
+    kept = agreed(choose_units(plans, config.keep_ratio, config.lambda_ffn))
     _set_masks(name, config, dict(zip(sites, layers, strict=True)), sites, kept)
     return _shares(plans, kept)
 
