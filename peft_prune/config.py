@@ -1,36 +1,29 @@
-"""The configuration that all pruning methods share, and its checks."""
+"""The configuration that all pruning methods share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
 
 from peft import PeftConfig
 
-from .masks.allocation import ALLOCATIONS
-from .masks.codec import READABLE, VERSION, is_mask_info
+from .config_checks import (
+    check_allocation,
+    check_number,
+    check_schedule,
+    check_stored_form,
+    check_targets,
+    check_training,
+)
+from .masks.codec import VERSION
 from .masks.granularity import NMGranularity, parse_granularity
-from .masks.importance import SCORE_INITS
-from .masks.schedule import CURVES, Schedule
+from .masks.schedule import Schedule
 from .model_card import add_loading_instructions
 
 
 DEFAULT_SPARSITY = 0.5
-
-
-def _check_number(name: str, value: Any, low: float, high: float, fix: str, open_high: bool = False) -> None:
-    bad = isinstance(value, bool) or not isinstance(value, (int, float))
-    if bad or not low <= value <= high or (open_high and value == high):
-        end = ")" if open_high else "]"
-        raise ValueError(f"{name}={value!r} must be a number in [{low:g}, {high:g}{end}. {fix}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
 
 
 class _Derived(float):
@@ -191,30 +184,12 @@ class PruningConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check_targets()
+        check_targets(self)
         self._resolve_sparsity(density)
-        self._check_allocation()
-        self._check_schedule()
-        self._check_training()
-        self._check_stored_form()
-
-    def _check_targets(self) -> None:
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters!r} cannot be pruned: masks are put on modules, and these "
-                "are parameters of a module that does more than multiply by them (experts of a mixture, for instance). "
-                "Use target_modules to prune the other layers."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without `layers_to_transform`. Give both."
-            )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(self, name) is not None and isinstance(self.target_modules, str):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} cannot be combined with target_modules as a string "
-                    f"({self.target_modules!r}). Put the layers into the regular expression, or give a list."
-                )
+        check_allocation(self)
+        check_schedule(self)
+        check_training(self)
+        check_stored_form(self)
 
     def _refuse_sparsity(self, density: Optional[float], why: str) -> None:
         """For methods that find the sparsity: 0 until it is known, and never given."""
@@ -231,7 +206,7 @@ class PruningConfig(PeftConfig):
         if density is not None:
             if self.sparsity is not None:
                 raise ValueError(f"Give sparsity={self.sparsity!r} or density={density!r}, not both.")
-            _check_number("density", density, 0.0, 1.0, "It is the share of weights kept, e.g. density=0.1.")
+            check_number("density", density, 0.0, 1.0, "It is the share of weights kept, e.g. density=0.1.")
             if density == 0:
                 raise ValueError("density=0 would remove every weight. Use a positive density, e.g. density=0.1.")
             self.sparsity = 1.0 - density
@@ -247,7 +222,7 @@ class PruningConfig(PeftConfig):
         if self.sparsity is None:
             self.sparsity = DEFAULT_SPARSITY
         fix = "It is the share of weights removed, e.g. sparsity=0.9."
-        _check_number("sparsity", self.sparsity, 0.0, 1.0, fix, open_high=True)
+        check_number("sparsity", self.sparsity, 0.0, 1.0, fix, open_high=True)
         if not isinstance(self.sparsity_pattern or {}, dict):
             raise ValueError(
                 f"sparsity_pattern={self.sparsity_pattern!r} must be a dict of sparsities by module name, such as "
@@ -260,69 +235,7 @@ class PruningConfig(PeftConfig):
                 raise ValueError(
                     f"sparsity_pattern: {key!r} is no module name or regular expression ({error})."
                 ) from error
-            _check_number(f"sparsity_pattern[{key!r}]", value, 0.0, 1.0, fix, open_high=True)
-
-    def _check_allocation(self) -> None:
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
-        if (
-            isinstance(self.granularity, str)
-            and ":" in self.granularity
-            and (self.allocation != "local" or self.sparsity_pattern)
-        ):
-            raise ValueError(
-                f"granularity={self.granularity!r} fixes the density of every matrix, so allocation="
-                f"{self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} must stay at their defaults."
-            )
-        if self.allocation_temperature is not None:
-            _check_number("allocation_temperature", self.allocation_temperature, 1e-6, 1e6, "Try 1.")
-
-    def _check_schedule(self) -> None:
-        _check_choice("sparsity_schedule", self.sparsity_schedule, tuple(CURVES))
-        _check_choice("penalty_schedule", self.penalty_schedule, tuple(CURVES))
-        _check_number(
-            "initial_sparsity", self.initial_sparsity, 0.0, float(self.sparsity or 0), "It cannot exceed `sparsity`."
-        )
-        _check_number("schedule_start", self.schedule_start, 0.0, 1.0, "It is a share of training.", open_high=True)
-        _check_number("schedule_end", self.schedule_end, 0.0, 1.0, "It is a share of training.")
-        if self.schedule_end <= self.schedule_start:
-            raise ValueError(
-                f"schedule_end={self.schedule_end!r} must come after schedule_start={self.schedule_start!r}; for a "
-                "sudden change use sparsity_schedule='constant'."
-            )
-        if self.total_steps is not None and (not isinstance(self.total_steps, int) or self.total_steps < 1):
-            raise ValueError(f"total_steps={self.total_steps!r} must be a positive number of optimizer steps.")
-
-    def _check_training(self) -> None:
-        if isinstance(self.score_init, bool) or not isinstance(self.score_init, (int, float)):
-            _check_choice("score_init", self.score_init, SCORE_INITS)
-        _check_number("penalty", self.penalty, 0.0, 1e9, "Use 0 for no penalty.")
-        _check_number("score_lr", self.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
-        for name in ("score_rank", "mask_interval"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
-        if self.score == "low_rank" and self.score_init == "random":
-            raise ValueError(
-                "score_init='random' cannot be combined with score='low_rank', which computes where scores start each "
-                "time anew. Use 'magnitude', 'zeros' or a number."
-            )
-
-    def _check_stored_form(self) -> None:
-        if self.mask_format not in READABLE:
-            raise ValueError(
-                f"mask_format={self.mask_format!r} is not known to this version of peft_prune, which reads "
-                f"{' and '.join(map(str, READABLE))}. "
-                "Upgrade it: `pip install -U peft_prune`."
-            )
-        if self.finalized and not self.mask_info:
-            raise ValueError("finalized=True without `mask_info`: the adapter's config is incomplete. Save it again.")
-        for name, info in (self.mask_info or {}).items():
-            if not is_mask_info(info):
-                raise ValueError(
-                    f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as "
-                    "many weights), bytes (no more than the packed mask) and crc32 (text): the adapter's config is "
-                    "damaged. Download or save it again."
-                )
+            check_number(f"sparsity_pattern[{key!r}]", value, 0.0, 1.0, fix, open_high=True)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the README.md that PEFT put there say how to load the adapter."""

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Optional, Union
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
-from ...config import PruningConfig, _check_choice, _check_number
+from ...config import PruningConfig
+from ...config_checks import check_choice, check_number
 
 
 SUPPORTS, IMPORTANCES = ("grebsmo", "random", "magnitude"), ("update", "effective", "weight")
@@ -84,16 +85,16 @@ class DSEEConfig(PruningConfig):
         self.peft_type = PeftType("DSEE")
         if isinstance(self.prune_target_modules, list):
             self.prune_target_modules = set(self.prune_target_modules)  # type: ignore[assignment]
-        _check_choice("support", self.support, SUPPORTS)
-        _check_choice("importance", self.importance, IMPORTANCES)
+        check_choice("support", self.support, SUPPORTS)
+        check_choice("importance", self.importance, IMPORTANCES)
         for name, least in (("r", 1), ("num_sparse", 0), ("heads_to_prune", 0)):
             _check_whole(name, getattr(self, name), least)
-        _check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
-        _check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "Try 0.1.", open_high=True)
-        _check_number("neuron_sparsity", self.neuron_sparsity, 0.0, 1.0, "The paper uses 0.4.", open_high=True)
+        check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
+        check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "Try 0.1.", open_high=True)
+        check_number("neuron_sparsity", self.neuron_sparsity, 0.0, 1.0, "The paper uses 0.4.", open_high=True)
         if self.update_sparsity is not None:
-            _check_number("update_sparsity", self.update_sparsity, 0.0, 1.0, "Try 0.5.", open_high=True)
-        _check_number("prune_at", self.prune_at, 1e-9, 1.0, "It is a share of training, e.g. 0.5.")
+            check_number("update_sparsity", self.update_sparsity, 0.0, 1.0, "Try 0.5.", open_high=True)
+        check_number("prune_at", self.prune_at, 1e-9, 1.0, "It is a share of training, e.g. 0.5.")
         if self.granularity != "weight" or self.allocation != "local" or self.sparsity_pattern:
             raise ValueError(
                 f"granularity={self.granularity!r}, allocation={self.allocation!r}, sparsity_pattern="

@@ -8,7 +8,8 @@ from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
-from ...config import PruningConfig, _check_choice, _check_number
+from ...config import PruningConfig
+from ...config_checks import check_choice, check_number
 from ...masks.hard_concrete import OPEN_ABOVE, PENALTY_OFFSET
 from ...masks.schedule import Schedule
 from ...masks.values import VALUE_DTYPES
@@ -80,19 +81,19 @@ class MovementPruningConfig(PruningConfig):
     schedule_end: float = field(default=0.8, metadata={"help": "Share of training at which sparsity is final."})
 
     def __post_init__(self, density=None):
-        _check_choice("variant", self.variant, tuple(VARIANTS))
+        check_choice("variant", self.variant, tuple(VARIANTS))
         for name, value in VARIANTS[self.variant].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        _check_choice("score", self.score, SCORES)
-        _check_choice("mask", self.mask, MASKS)
-        _check_choice("update", self.update, UPDATES)
-        _check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
+        check_choice("score", self.score, SCORES)
+        check_choice("mask", self.mask, MASKS)
+        check_choice("update", self.update, UPDATES)
+        check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         self._check_combination(density)
         super().__post_init__(density)
         self.peft_type = PeftType("MOVEMENT")
-        _check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
-        _check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
+        check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
+        check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
 
     def _check_combination(self, density: Optional[float]) -> None:
         if self.score == "magnitude" and self.mask != "topk":

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from peft.utils import PeftType
 
-from ...config import PruningConfig, _check_choice, _check_number
+from ...config import PruningConfig
+from ...config_checks import check_choice, check_number
 from ...structure.clustering import LINKAGES, MATCHINGS
 
 
@@ -83,11 +84,11 @@ class PPruningConfig(PruningConfig):
             raise ValueError(
                 f"granularity={self.granularity!r}: P-pruning removes whole heads and neurons. Leave it out."
             )
-        _check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, "It is the share of the FLOPs that stays, e.g. 0.5.")
-        _check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "The paper uses 5.")
-        _check_choice("head_similarity", self.head_similarity, MATCHINGS)
-        _check_choice("linkage", self.linkage, LINKAGES)
-        _check_choice("criterion", self.criterion, CRITERIA)
+        check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, "It is the share of the FLOPs that stays, e.g. 0.5.")
+        check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "The paper uses 5.")
+        check_choice("head_similarity", self.head_similarity, MATCHINGS)
+        check_choice("linkage", self.linkage, LINKAGES)
+        check_choice("criterion", self.criterion, CRITERIA)
         for name in ("sequence_length", "num_samples", "num_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -7,7 +7,8 @@ from typing import Union
 
 from peft.utils import PeftType
 
-from ...config import PruningConfig, _check_choice
+from ...config import PruningConfig
+from ...config_checks import check_choice
 
 
 @dataclass
@@ -42,6 +43,6 @@ class SMPConfig(PruningConfig):
     )
 
     def __post_init__(self, density=None):
-        _check_choice("score", self.score, ("movement", "low_rank"))
+        check_choice("score", self.score, ("movement", "low_rank"))
         super().__post_init__(density)
         self.peft_type = PeftType("SMP")
