@@ -6,6 +6,7 @@ One process runs one configuration and appends a JSON line; `--table` and `--plo
     python benchmarks/methods_accuracy.py --grid movies --seed 0 --teacher    # the distilled half
     python benchmarks/methods_accuracy.py --method hard --density 0.1 --seed 0 --teacher
     python benchmarks/methods_accuracy.py --method soft --penalty 400 --seed 0
+    python benchmarks/methods_accuracy.py --method hard --density 0.06 --teacher --steps 320 --value-dtype int8
     python benchmarks/methods_accuracy.py --table
     python benchmarks/methods_accuracy.py --plot docs/images/accuracy.png
 
@@ -36,7 +37,7 @@ from text_classification import evaluate, load_classifier, train, train_pruned
 from transformers import AutoTokenizer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from peft_prune import MovementPruningConfig, SMPConfig
+from peft_prune import MovementPruningConfig, PruningCallback, SMPConfig, finalize
 from peft_prune.tuners.layer import pruning_layers
 from peft_prune.tuners.schedule import sparsity
 
@@ -174,12 +175,15 @@ def run(args: argparse.Namespace) -> dict:
         trainer = train_pruned(
             model, tokenizer, train_set, eval_set, lr=1e-3 if frozen(args) else args.lr, steps=args.steps,
             output_dir=folder, seed=args.seed, use_cpu=True, quiet=True, compute_metrics=metrics, teacher=teacher,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size, callbacks=[PruningCallback(finalize_at_end=False)],
         )  # fmt: skip
-        scores = trainer.evaluate()
+        before = trainer.evaluate()
+        finalize(model)
+        scores = before if args.value_dtype == "float32" else trainer.evaluate()
     if args.save:
         model.save_pretrained(args.save)
-    return settings(args) | {"scores": metrics_in(scores), "cpu_seconds": time.process_time() - start} | sizes(model)
+    measured = {"scores": metrics_in(scores), "scores_before_storing": metrics_in(before)}
+    return settings(args) | measured | {"cpu_seconds": time.process_time() - start} | sizes(model)
 
 
 def run_dense(args: argparse.Namespace) -> dict:

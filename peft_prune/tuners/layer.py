@@ -109,8 +109,7 @@ class PruningLayer(StoredForm):
         if not self.has_scores(name):
             return None, None
         a, b = (self.held(kind)[name] for kind in ("scores_A", "scores_B"))
-        penalty, kind = self._take_penalty(name, a), self.pruning_config[name].score_init
-        return LowRankScores.apply(a, b, self.matrix, kind, self.block(name), penalty), None
+        return LowRankScores.apply(a, b, self.matrix, self.score_starts[name], self._take_penalty(name, a)), None
 
     def _noise(self, name: str) -> Optional[torch.Tensor]:
         """Noise of the gates, in training only; the same on all ranks, another for each layer and step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -10,20 +11,48 @@ from ..masks.importance import initial_scores
 from ..masks.penalty import sigmoid_penalty_grad
 
 
-def low_rank_scores(start: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022; its `α|W|` is `S₀` of `score_init="magnitude"`).
+@dataclass(frozen=True)
+class Start:
+    """Where the scores of a matrix start: recomputed from the frozen weight whenever they are needed.
 
     Args:
-        start (`torch.Tensor`): `S₀`, float, shape (rows, columns).
-        a (`torch.Tensor`): float, shape (rows, rank + 1): `A`, and in the last column `r`, one number for each row.
-        b (`torch.Tensor`): float, shape (rank + 1, columns): `B`, and in the last row `c`, one for each column.
-
-    Returns:
-        `torch.Tensor`: float, shape (rows, columns).
+        kind (`str` or `float`): the config's `score_init`.
+        block (`tuple[int, int]`): rows and columns that share a score.
+        scale (`float`): what the magnitudes are multiplied with.
     """
-    with torch.autocast(a.device.type, enabled=False):  # two ranks may not round differently
-        result = torch.addmm(start, a[:, :-1], b[:-1])
-    return result.add_(a[:, -1:]).add_(b[-1:])
+
+    kind: str | float
+    block: tuple[int, int]
+    scale: float
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, kind: str | float, block: tuple[int, int]) -> Start:
+        """For a weight (out, in)."""
+        if kind != "magnitude":
+            return cls(kind, block, 1.0)
+        spread = float(matrix.detach().float().std())
+        return cls(kind, block, 1.0 / max(spread, torch.finfo(torch.float32).tiny))
+
+    def scores(self, matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022; its `α|W|` is `S₀` of `score_init="magnitude"`).
+
+        Args:
+            matrix (`torch.Tensor`): the weight, floating point, shape (out, in).
+            a (`torch.Tensor`): float, shape (rows, rank + 1): `A`, and in the last column `r`, a number for each row.
+            b (`torch.Tensor`): float, shape (rank + 1, columns): `B`, and in the last row `c`, one for each column.
+
+        Returns:
+            `torch.Tensor`: float, shape (rows, columns).
+        """
+        if self.kind == "magnitude" and self.block == (1, 1):
+            start, factor = matrix.detach().abs().to(a.dtype), self.scale
+        else:
+            start, factor = initial_scores(matrix, self.kind, self.block).to(a.dtype), 1.0
+        # one product, which reads and writes the scores once
+        left = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
+        right = torch.cat([b[:-1], torch.ones_like(b[:1]), b[-1:]])
+        with torch.autocast(a.device.type, enabled=False):  # two ranks may not round differently
+            return torch.addmm(start, left, right, beta=factor)
 
 
 class LowRankScores(torch.autograd.Function):
@@ -39,24 +68,22 @@ class LowRankScores(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         matrix: torch.Tensor,
-        kind: str | float,
-        block: tuple[int, int],
+        start: Start,
         penalty: Optional[torch.Tensor],
     ) -> torch.Tensor:
         """Make the stand-in.
 
         Args:
             ctx: autograd's context.
-            a (`torch.Tensor`): see [`low_rank_scores`], as is `b`.
+            a (`torch.Tensor`): see [`Start.scores`], as is `b`.
             b (`torch.Tensor`): shape (rank + 1, columns).
             matrix (`torch.Tensor`): the weight that scores start from, shape (out, in).
-            kind (`str` or `float`): how they start from it, the config's `score_init`.
-            block (`tuple[int, int]`): rows and columns that share a score.
+            start ([`Start`]): how they start from it.
             penalty (`torch.Tensor`, *optional*): 0-dim, the factor of `σ'(S)` in the gradient of the scores.
         """
         ctx.save_for_backward(a, b, matrix)
         # see MaskedWeight for why the penalty is not among the saved tensors
-        ctx.kind, ctx.block, ctx.penalty = kind, block, penalty
+        ctx.start, ctx.penalty = start, penalty
         return a.new_zeros(()).expand(a.shape[0], b.shape[1])
 
     @staticmethod
@@ -65,11 +92,11 @@ class LowRankScores(torch.autograd.Function):
         """Gradients of the factors: `G·Bᵀ` and the sums of its rows, `Aᵀ·G` and the sums of its columns."""
         a, b, matrix = ctx.saved_tensors
         if ctx.penalty is not None:
-            scores = low_rank_scores(initial_scores(matrix, ctx.kind, ctx.block), a, b)
-            grad = sigmoid_penalty_grad(scores, ctx.penalty).add_(grad)
-        grad_a = torch.cat([grad @ b[:-1].T, grad.sum(1, keepdim=True)], dim=1)
-        grad_b = torch.cat([a[:, :-1].T @ grad, grad.sum(0, keepdim=True)])
-        return grad_a, grad_b, None, None, None, None
+            grad = sigmoid_penalty_grad(ctx.start.scores(matrix, a, b), ctx.penalty).add_(grad)
+        # a column and a row of ones: the sums come with the products
+        grad_a = grad @ torch.cat([b[:-1], torch.ones_like(b[:1])]).T
+        grad_b = torch.cat([a[:, :-1], torch.ones_like(a[:, :1])], dim=1).T @ grad
+        return grad_a, grad_b, None, None, None
 
 
 def initial_factors(
