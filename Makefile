@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test lint docs format bench peft-matrix clean
+.PHONY: demo test test-quantized lint docs format bench peft-matrix clean
 
 demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev.stamp  ## run every test
 	$(BIN)/python -m pytest
+
+test-quantized: $(VENV)/dev.stamp  ## tests of bases quantised by bitsandbytes and torchao, which it installs
+	$(PIP) install -q -c constraints.txt -e '.[quantized]'
+	$(BIN)/python -m pytest tests/test_quantized.py
 
 lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .

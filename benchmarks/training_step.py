@@ -163,8 +163,8 @@ def main(args: argparse.Namespace) -> None:
         row = conditions | compare(method, args)
         rows = [old for old in rows if any(old[k] != row[k] for k in (*conditions, "method"))] + [row]
         print(json.dumps(row), flush=True)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.write_text(json.dumps(rows, indent=1) + "\n")
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(rows, indent=1) + "\n")  # now: a run may be cut short
 
 
 def table(path: Path) -> str:

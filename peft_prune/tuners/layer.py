@@ -22,7 +22,7 @@ BASE = "__base__"  # PEFT's name for no adapter, in `adapter_names`
 
 
 class PruningLayer(StoredForm):
-    """Base of the layers that replace a target module; what they hold is described at [`AdapterState`]."""
+    """Base of the layers that replace a target module; what they hold is described at [`Holdings`]."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
