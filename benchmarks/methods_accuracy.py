@@ -257,25 +257,50 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+LABELS = {
+    "magnitude": "magnitude",
+    "l0": "L0",
+    "hard": "hard movement",
+    "soft": "soft movement",
+    "smp-l": "SMP-L",
+    "smp-s": "SMP-S",
+}
+
+
 def plot(path: Path, target: Path) -> None:
+    """Accuracy against density on movie sentences, mean of the seeds, with the range of the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    for axes, distilled in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
+    groups = grouped(path)
+    halves = [half for half in (False, True) if sum(key[2] == half for key in groups if key[0] == "movies") > 12]
+    figure = Figure(figsize=(1 + 5 * len(halves), 4), layout="constrained")
+    for axes, distilled in zip(figure.subplots(1, len(halves), sharey=True, squeeze=False)[0], halves, strict=True):
         for method in METHODS:
-            points = []
-            for (task, name, teacher, _), rows in grouped(path).items():
-                if (task, name, teacher) == ("movies", method, distilled):
-                    points.append([mean([r["density"] for r in rows]), mean([r["scores"]["accuracy"] for r in rows])])
+            cells = [rows for key, rows in groups.items() if key[:3] == ("movies", method, distilled)]
+            points = sorted(
+                (100 * mean([r["density"] for r in rows]), *spread([r["scores"]["accuracy"] for r in rows]))
+                for rows in cells
+            )
             if points:
-                x, y = zip(*sorted(points), strict=True)
-                axes.plot([100 * value for value in x], y, marker="o", label=method)
+                x, y, low, high = zip(*points, strict=True)
+                (line,) = axes.plot(x, y, marker="o", label=LABELS[method])
+                axes.vlines(x, low, high, color=line.get_color(), alpha=0.4)
+        dense = mean([r["scores"]["accuracy"] for r in groups["movies", "dense", False, 1.0]])
+        axes.axhline(dense, color="black", linestyle=":", label="dense, fine-tuned")
+        axes.axhline(50.8, color="grey", linestyle=":", label="majority class")
         axes.set_xscale("log")
+        ticks = (3, 5, 10, 15, 25, 50)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("weights kept, %")
-        axes.set_title("distilled" if distilled else "not distilled")
-        axes.legend()
+        axes.set_title("distilled from the dense model" if distilled else "not distilled")
     figure.axes[0].set_ylabel("accuracy on movie sentences, %")
+    figure.axes[-1].legend(fontsize="small", loc="lower right")
     figure.savefig(target, dpi=150)
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    return mean(values), min(values), max(values)
 
 
 if __name__ == "__main__":
