@@ -273,7 +273,7 @@ def plot(path: Path, target: Path) -> None:
 
     groups = grouped(path)
     halves = [half for half in (False, True) if sum(key[2] == half for key in groups if key[0] == "movies") > 12]
-    figure = Figure(figsize=(1 + 5 * len(halves), 4), layout="constrained")
+    figure = Figure(figsize=(3 + 5 * len(halves), 4), layout="constrained")
     for axes, distilled in zip(figure.subplots(1, len(halves), sharey=True, squeeze=False)[0], halves, strict=True):
         for method in METHODS:
             cells = [rows for key, rows in groups.items() if key[:3] == ("movies", method, distilled)]
@@ -295,7 +295,7 @@ def plot(path: Path, target: Path) -> None:
         axes.set_xlabel("weights kept, %")
         axes.set_title("distilled from the dense model" if distilled else "not distilled")
     figure.axes[0].set_ylabel("accuracy on movie sentences, %")
-    figure.axes[-1].legend(fontsize="small", loc="lower right")
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(target, dpi=150)
 
 
