@@ -105,11 +105,37 @@ def test_training_reaches_the_sparsity_and_the_adapter_is_a_mask(allocation, bat
         (SMPConfig, {"mask_interval": 0}, "mask_interval=0"),
         (SMPConfig, {"mask_interval": 2.5}, "mask_interval=2.5"),
         (MovementPruningConfig, {"score": "low_rank", "variant": "l0"}, "mask='l0'"),
+        (MovementPruningConfig, {"score": "low_rank", "from_existing_zeros": True}, "from_existing_zeros=True"),
     ],
 )
 def test_what_cannot_be_is_told(make, fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SMPConfig(score="low_rank", score_rank=3), MovementPruningConfig(variant="magnitude"), SMPConfig()],
+    ids=["low rank", "magnitude", "scores of their own"],
+)
+def test_masks_that_follow_from_weights_are_not_renewed_while_these_are_merged(config):
+    model = get_peft_model(make_bert(), config)
+    update_schedule(model, 1, 2)
+    model.merge_adapter()
+    if config.score == "movement":
+        update_schedule(model, 2, 2)
+        return
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        update_schedule(model, 2, 2)
+    model.unmerge_adapter()
+    update_schedule(model, 2, 2)
+
+
+def test_a_base_without_weights_is_told():
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(24, 32))
+    with pytest.raises(ValueError, match="on device 'meta'"):
+        get_peft_model(base, SMPConfig(target_modules=["0"], score="low_rank", score_rank=3), low_cpu_mem_usage=True)
 
 
 def test_a_rank_that_is_not_low_is_told():

@@ -119,9 +119,9 @@ def _check(model: nn.Module, tokens: Union[int, Sequence[int]], margin: float) -
         raise ValueError("The model has adapters. Call `model = model.merge_and_unload()` first, then this.")
     if isinstance(model, (nn.Linear, Conv1D)):
         raise ValueError(f"model={type(model).__name__}: a layer cannot be replaced in itself; give a model around it.")
-    sizes = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"tokens={tokens!r}: give a number of rows of at least 1, or several.")
-    if margin < 1:
+    sizes = tuple(tokens) if isinstance(tokens, (list, tuple)) else (tokens,)
+    if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
+        raise ValueError(f"tokens={tokens!r}: give a whole number of rows of at least 1, or several.")
+    if not margin >= 1:
         raise ValueError(f"margin={margin}: less than 1 would take forms that are slower than dense.")
     return sizes

@@ -30,6 +30,10 @@ class Start:
         """For a weight (out, in)."""
         if kind != "magnitude":
             return cls(kind, block, 1.0)
+        if matrix.is_meta:
+            raise ValueError(
+                "score='low_rank' starts from the base weights, which are on device 'meta'. Load them first."
+            )
         spread = float(matrix.detach().float().std())
         return cls(kind, block, 1.0 / max(spread, torch.finfo(torch.float32).tiny))
 

@@ -77,6 +77,12 @@ def _update_adapter(
         )
     if not 0 <= step <= total:
         raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
+    merged = [layer.module_name for layer in layers if layer.merged] if config.needs_weights else []
+    if merged:
+        raise ValueError(
+            f"The masks of adapter {name!r} follow from the base weights, into which adapters are merged "
+            f"({merged[0]!r} and others). Call model.unmerge_adapter() before the schedule is advanced."
+        )
     config.total_steps = total
     check_wrapping(model, layers)
     report = type(layers[0]).advance(model, name, layers, step, total)

@@ -100,6 +100,10 @@ class MovementPruningConfig(PruningConfig):
             raise ValueError(f"mask={self.mask!r} needs learned scores. Use mask='topk' with score='magnitude'.")
         if self.score == "low_rank" and self.mask == "l0":
             raise ValueError("mask='l0' gives each weight a gate of its own. Use score='movement' with it.")
+        if self.score == "low_rank" and self.from_existing_zeros:
+            raise ValueError(
+                "score='low_rank' has nothing to decide with from_existing_zeros=True. Leave one of them out."
+            )
         if self.update == "none" and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros):
             raise ValueError(
                 f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
