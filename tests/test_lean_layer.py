@@ -128,3 +128,13 @@ def test_inference_uses_one_masked_weight_until_something_changes(batch):
     model.unmerge_adapter()
     model.train()
     assert all(layer.cached_weight._weight is None for layer in layers)
+
+
+def test_a_mask_takes_a_bit_a_weight_in_training():
+    model = get_peft_model(nn.Sequential(nn.Linear(96, 64)), copy.deepcopy(CONFIGS["smp"])).train()
+    update_schedule(model, 10, 10)
+    (layer,) = pruning_layers(model)
+    held = layer.mask_bits("default")
+    assert held.dtype == torch.uint8 and held.numel() == 96 * 64 // 8
+    assert layer.mask_bits("default") is held  # nothing has changed
+    assert int(layer.get_mask("default").sum()) == 96 * 64 // 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from typing import Any, Optional
 
-import numpy as np
 import torch
 
 from . import entropy
+from .bits import pack_bits, unpack_bits
 from .fingerprint import is_fingerprint
 from .granularity import spread
 from .values import VALUE_DTYPES, decode_values, values_size
@@ -37,8 +37,7 @@ def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: uint8, shape (ceil(out · in / 8),), on the device of `mask`.
     """
-    bits = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
-    return torch.from_numpy(bits).to(mask.device)
+    return pack_bits(mask)
 
 
 def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -52,8 +51,7 @@ def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
             f"a mask of shape {tuple(shape)} takes {packed_size(shape)} bytes (uint8), but {packed.numel()} elements "
             f"of {packed.dtype} are stored"
         )
-    bits = np.unpackbits(packed.cpu().numpy(), count=shape[0] * shape[1], bitorder="little")
-    return torch.from_numpy(bits.view(bool).reshape(shape)).to(packed.device)
+    return unpack_bits(packed, shape)
 
 
 def encode_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Holdings(nn.Module, BaseTunerLayer):
         self.pruning_config: dict[str, PruningConfig] = {}
         self.granularity: dict[str, Granularity] = {}
         self.score_starts: dict[str, Start] = {}  # of scores of low rank
-        # per adapter: what the mask was computed from, the versions of that, the mask
+        # per adapter: what the mask was computed from, the versions of that, the mask in bits
         self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []

@@ -31,7 +31,7 @@ class PruningLayer(StoredForm):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        # an unpacked mask is eight times its stored form: keep those in use only
+        # what was decoded takes more than its stored form: keep those in use only
         self._masks = {name: mask for name, mask in self._masks.items() if name in self.active_adapters}
         self._values = {name: value for name, value in self._values.items() if name in self.active_adapters}
         self.cached_weight.clear()

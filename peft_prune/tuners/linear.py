@@ -27,12 +27,12 @@ class MatrixLayer(PruningLayer):
         name = names[0]
         self._look_at_schedule(name)
         scores, penalty = self._differentiable_scores(name)
-        update, mask = self.update[name] if name in self.update else None, self.get_mask(name)
+        update, bits = self.update[name] if name in self.update else None, self.mask_bits(name)
         bias = cast(Optional[torch.Tensor], self.bias)
         # of more than two dimensions the output would be a view made in the function, and such may not be changed in
         # place, as DeBERTa does with its queries
         flat = x.reshape(-1, x.shape[-1])
-        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, mask, penalty, self.block(name))
+        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, bits, penalty, self.block(name))
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _is_selected_in_training(self, name: str) -> bool:

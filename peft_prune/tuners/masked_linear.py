@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
+from ..masks.bits import unpack_bits
 from .masked_weight import masked, score_gradient
 
 
@@ -14,7 +15,8 @@ class MaskedLinear(torch.autograd.Function):
     """`y = x·((W + U) ⊙ M)ᵀ + b`, with the gradients of [`MaskedWeight`] for scores and update.
 
     The masked weight is made again in the backward pass: a multiplication for each weight, where keeping it from the
-    forward pass would cost the memory of a second model. The mask belongs to the layer, which holds one in any case.
+    forward pass would cost the memory of a second model. The mask belongs to the layer, which holds its bits in any
+    case.
     """
 
     @staticmethod
@@ -25,7 +27,7 @@ class MaskedLinear(torch.autograd.Function):
         update: Optional[torch.Tensor],
         weight: torch.Tensor,
         bias: Optional[torch.Tensor],
-        mask: torch.Tensor,
+        bits: torch.Tensor,
         penalty: Optional[torch.Tensor],
         block: tuple[int, int] = (1, 1),
     ) -> torch.Tensor:
@@ -38,7 +40,7 @@ class MaskedLinear(torch.autograd.Function):
             update (`torch.Tensor`, *optional*): trained change of the weight, shape (out, in).
             weight (`torch.Tensor`): frozen, shape (out, in).
             bias (`torch.Tensor`, *optional*): shape (out,); frozen or trained.
-            mask (`torch.Tensor`): bool, shape (out, in).
+            bits (`torch.Tensor`): the mask as [`pack_bits`] packs it.
             penalty (`torch.Tensor`, *optional*): 0-dim, the factor of `σ'(S)` in the gradient of the scores.
             block (`tuple[int, int]`): rows and columns that share a score.
 
@@ -49,33 +51,37 @@ class MaskedLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         matrix = _sum(weight, update)
-        ctx.save_for_backward(x, weight, update, mask)
+        ctx.save_for_backward(x, weight, update, bits)
         # see MaskedWeight for why these are not among the saved tensors
         ctx.penalty = penalty if penalty is None else (scores, penalty)
         ctx.scores_dtype, ctx.block = None if scores is None else scores.dtype, block
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(device, enabled=False):
-            return F.linear(x, masked(matrix, mask).to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return F.linear(x, _masked(matrix, bits).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:  # type: ignore[override]
         """Gradients of input, scores, update and bias."""
-        x, weight, update, mask = ctx.saved_tensors
+        x, weight, update, bits = ctx.saved_tensors
         grad_x = grad_scores = grad_update = grad_bias = None
         matrix = _sum(weight, update)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ masked(matrix, mask).to(grad.dtype)
+            grad_x = grad @ _masked(matrix, bits).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dense = flat.T @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[2]:
-                grad_update = masked(dense.to(update.dtype), mask)
+                grad_update = _masked(dense.to(update.dtype), bits)
             if ctx.needs_input_grad[1]:
                 grad_scores = score_gradient(dense, matrix, ctx.scores_dtype, ctx.block, ctx.penalty)
         if ctx.needs_input_grad[4]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_scores, grad_update, None, grad_bias, None, None, None
+
+
+def _masked(matrix: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    return masked(matrix, unpack_bits(bits, matrix.shape))
 
 
 def _sum(weight: torch.Tensor, update: Optional[torch.Tensor]) -> torch.Tensor:

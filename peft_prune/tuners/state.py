@@ -10,6 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import DEFAULT_SPARSITY, PruningConfig
+from ..masks.bits import pack_bits, unpack_bits
 from ..masks.codec import load_mask, stored_size
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
@@ -130,7 +131,11 @@ class AdapterState(Holdings):
         self.progress[adapter_name].copy_(torch.tensor([step, total_steps, kept]))
 
     def get_mask(self, adapter_name: str) -> torch.Tensor:
-        """Mask in force: bool, shape (out, in). Computed anew only when scores, progress or the stored mask changed."""
+        """Mask in force: bool, shape (out, in)."""
+        return unpack_bits(self.mask_bits(adapter_name), self.shape)
+
+    def mask_bits(self, adapter_name: str) -> torch.Tensor:
+        """Mask in force, packed: uint8, one dimension. Computed anew only when what it follows from has changed."""
         if torch.compiler.is_compiling() and adapter_name in self._masks:
             # `update_schedule` has computed it: nothing here to trace, and tensor versions cannot be
             return self._masks[adapter_name][2]
@@ -162,7 +167,7 @@ class AdapterState(Holdings):
             raise RuntimeError(
                 f"The mask of {self.module_name!r} has not been unpacked yet. Call the model once before torch.export."
             )
-        mask = self._compute_mask(adapter_name)
+        mask = pack_bits(self._compute_mask(adapter_name))
         self._masks[adapter_name] = (sources, versions, mask)
         return mask
 

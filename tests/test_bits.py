@@ -1,0 +1,22 @@
+"""Masks at one bit a weight: every device's way gives NumPy's bits."""
+
+import numpy as np
+import pytest
+import torch
+
+from peft_prune.masks.bits import _pack_by_shifts, _unpack_by_shifts, pack_bits, unpack_bits
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (64, 96), (7, 4097)])
+def test_bits_are_those_of_numpy_and_come_back(shape):
+    mask = torch.rand(shape) < 0.3
+    bits = torch.from_numpy(np.packbits(mask.numpy().reshape(-1), bitorder="little"))
+    assert torch.equal(pack_bits(mask), bits)
+    assert torch.equal(unpack_bits(bits, shape), mask)
+    assert torch.equal(_pack_by_shifts(mask.reshape(-1)), bits)
+    assert torch.equal(_unpack_by_shifts(bits)[: mask.numel()].bool().view(shape), mask)
+
+
+def test_a_mask_that_is_no_contiguous_tensor():
+    mask = torch.rand(6, 9) < 0.5
+    assert torch.equal(unpack_bits(pack_bits(mask.T), (9, 6)), mask.T)
