@@ -5,7 +5,7 @@ the machine does falls on both; the ratio is the median over pairs. Peak memory 
 
     python benchmarks/training_step.py                        # on a CPU: CPU time of one thread
     python benchmarks/training_step.py --device cuda --dtype bfloat16 --batch 64 --length 128
-    python benchmarks/training_step.py --table
+    python benchmarks/training_step.py --table --plot docs/images/training_step.png
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_prune import MovementPruningConfig, SMPConfig, create_pruning_optimizer, update_schedule
+from peft_prune import MovementPruningConfig, SMPConfig, compile_selection, create_pruning_optimizer, update_schedule
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
@@ -57,7 +57,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     parser.add_argument("--memory", help="measure the peak of one method, in this process")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results")
+    parser.add_argument("--plot", type=Path, help="only draw the results into this file")
     return parser.parse_args()
 
 
@@ -82,6 +83,7 @@ class Run:
             trainable = [p for p in model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
         self.plain, self.step_number = model, STEPS // 2
+        compile_selection(args.compile)
         self.model = torch.compile(model) if args.compile else model
         shape = (args.batch, args.length)
         self.inputs = torch.randint(5, 30000, shape, device=args.device)
@@ -184,10 +186,30 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def plot(path: Path, target: Path) -> None:
+    """Time with the range of the pairs, and peak memory: a bar for each method, beside what it is compared with."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads(path.read_text())[::-1]
+    figure = Figure(figsize=(9, 1 + 0.5 * len(rows)), layout="constrained")
+    times, memory = figure.subplots(1, 2, sharey=True)
+    labels = [f"{row['method']}\n÷ {row['against']}" for row in rows]
+    ratios = [row["ratio"] for row in rows]
+    spread = [[r["ratio"] - r["ratios"][0] for r in rows], [r["ratios"][-1] - r["ratio"] for r in rows]]
+    times.barh(labels, ratios, xerr=spread, capsize=3, color="tab:blue")
+    memory.barh(labels, [row["memory_mb"] / row["memory_mb_of_other"] for row in rows], color="tab:orange")
+    for axes, title in ((times, "time of a step, range of the pairs"), (memory, "peak memory")):
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel(title)
+    figure.savefig(target, dpi=130)
+
+
 if __name__ == "__main__":
     arguments = parse()
-    if arguments.table:
+    if arguments.table or arguments.plot:
         print(table(arguments.results))
+        if arguments.plot:
+            plot(arguments.results, arguments.plot)
     elif arguments.memory:
         print(peak(arguments.memory, arguments))
     else:

@@ -4,6 +4,7 @@ from .config import PruningConfig
 from .hub import keep_card_on_push
 from .inference import use_dense_kernels, use_sparse_kernels
 from .masks.codec import MaskFormatError
+from .masks.selection import compile_selection
 from .structure import architectures as _architectures  # registers the anatomies  # noqa: F401
 from .structure.anatomy import Attention, Block, FeedForward, register_anatomy
 from .structure.compact import load_compact, save_compact
@@ -47,6 +48,7 @@ __all__ = [
     "SMPModel",
     "cache_masked_weights",
     "calibrate",
+    "compile_selection",
     "create_pruning_optimizer",
     "distillation_loss",
     "finalize",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,48 +13,44 @@ from .selection import topk_mask
 ALLOCATIONS = ("local", "score", "global")
 
 
-def share_by_weight(sizes: Sequence[int], weights: Sequence[float], density: float) -> list[int]:
-    """Share out `round(density · Σ sizes)` places in proportion to `size · weight`, none above its size.
+def share_by_weight(sizes: torch.Tensor, weights: torch.Tensor, density: float) -> torch.Tensor:
+    """Share out `round(density · Σ sizes)` places of each row in proportion to `size · weight`, none above its size.
 
     What a full matrix cannot take goes to the others (the SMP reference drops it and ends below the density asked).
+    No number is read by the host, so on an accelerator nothing waits.
 
     Args:
-        sizes (`Sequence[int]`): number of weights of each matrix.
-        weights (`Sequence[float]`): non-negative share of each matrix per weight.
+        sizes (`torch.Tensor`): number of weights of each matrix: int64, shape (rows, matrices), 0 for none.
+        weights (`torch.Tensor`): non-negative share of each matrix per weight: float, the same shape.
         density (`float`): share of all weights to keep.
 
     Returns:
-        `list[int]`: places of each matrix; their sum is exact.
+        `torch.Tensor`: places of each matrix: int64, the same shape; the sum of a row is exact.
     """
-    total = round(density * sum(sizes))
-    open_ones = list(range(len(sizes)))
-    places = [0.0] * len(sizes)
-    left = float(total)
-    while open_ones:
-        whole = sum(sizes[i] * weights[i] for i in open_ones)
+    total = (density * sizes.sum(1, keepdim=True).double()).round()
+    size, weight = sizes.double(), weights.double()
+    is_open, left, places = sizes > 0, total, torch.zeros_like(size)
+    for _ in range(sizes.shape[1]):  # each time one matrix is filled at least, or nothing changes any more
+        wanted = size * weight * is_open
+        whole = wanted.sum(1, keepdim=True)
         # all weights zero: nothing tells the matrices apart, so share evenly
-        share = {i: left * (sizes[i] * weights[i] / whole if whole else 1 / len(open_ones)) for i in open_ones}
-        full = [i for i in open_ones if share[i] >= sizes[i]]
-        if not full:
-            for i in open_ones:
-                places[i] = share[i]
-            break
-        for i in full:
-            places[i] = float(sizes[i])
-            left -= sizes[i]
-        open_ones = [i for i in open_ones if i not in full]
-    counts = [int(p) for p in places]
+        even = is_open / is_open.sum(1, keepdim=True).clamp(min=1)
+        share = left * torch.where(whole > 0, wanted / whole, even)
+        full = is_open & (share >= size)
+        places = torch.where(is_open, torch.minimum(share, size), places)
+        left = left - (size * full).sum(1, keepdim=True)
+        is_open = is_open & ~full
+    counts = places.floor()
     # largest remainder, then position: the sum is exact and no rank can differ
-    for i in sorted(range(len(sizes)), key=lambda i: (counts[i] - places[i], i)):
-        if sum(counts) >= total:
-            break
-        counts[i] += counts[i] < sizes[i]
-    return counts
+    has_room = counts < size
+    order = torch.where(has_room, counts - places, 1.0).argsort(dim=1, stable=True)
+    bump = order.argsort(dim=1) < total - counts.sum(1, keepdim=True)
+    return (counts + (bump & has_room)).long()
 
 
 def allocate_by_score(
     scores: Iterable[torch.Tensor], kinds: Sequence[str], density: float, temperature: float
-) -> list[int]:
+) -> torch.Tensor:
     """SMP-S (Jiang et al. 2023, eq. 6): matrices of one kind share their density by mean score.
 
     `v_l = v · L · r_l / Σ_k r_k` with `r_l = mean(sigmoid(S_l / temperature))` over the `L` matrices of a kind.
@@ -66,27 +62,36 @@ def allocate_by_score(
         temperature (`float`): positive; large values even out the shares.
 
     Returns:
-        `list[int]`: number of weights each matrix keeps.
+        `torch.Tensor`: number of scores that each matrix keeps: int64, shape (matrices,), on the device of the first.
     """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, kind in enumerate(kinds):
-        groups[kind].append(i)
     measured = [(s.numel(), _mean_sigmoid(s.detach().float(), temperature)) for s in scores]
-    means = torch.stack([mean for _, mean in measured]).tolist()
-    counts = [0] * len(measured)
-    for members in groups.values():
-        sizes = [measured[i][0] for i in members]
-        for i, count in zip(members, share_by_weight(sizes, [means[i] for i in members], density), strict=True):
-            counts[i] = count
-    return counts
+    device = measured[0][1].device
+    members, sizes = _rows_by_kind(tuple(kinds), tuple(size for size, _ in measured), device)
+    means = torch.stack([mean.to(device) for _, mean in measured] + [torch.zeros((), device=device)])
+    counts = share_by_weight(sizes[members], means[members], density)
+    return torch.zeros_like(sizes).scatter(0, members.flatten(), counts.flatten())[:-1]
+
+
+@functools.lru_cache(maxsize=8)
+def _rows_by_kind(
+    kinds: tuple[str, ...], sizes: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the matrices of each kind, a row each, and sizes; both int64. Made once: copying them takes a wait.
+
+    Rows that are shorter than others end with the index of a matrix of size 0, the last one.
+    """
+    rows = [[i for i, kind in enumerate(kinds) if kind == row] for row in dict.fromkeys(kinds)]
+    width = max(map(len, rows))
+    filled = [row + [len(kinds)] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, device=device), torch.tensor([*sizes, 0], device=device)
 
 
 def _mean_sigmoid(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     return torch.sigmoid(scores if temperature == 1 else scores / temperature).mean()
 
 
-def allocate_globally(scores: Sequence[torch.Tensor], density: float) -> list[int]:
-    """One threshold for all matrices: how many of the largest scores overall fall into each."""
+def allocate_globally(scores: Sequence[torch.Tensor], density: float) -> torch.Tensor:
+    """One threshold for all matrices: how many of the largest scores overall fall into each (int64, one dimension)."""
     sizes = [s.numel() for s in scores]
     mask = topk_mask(torch.cat([s.detach().reshape(-1) for s in scores]), round(density * sum(sizes)))
-    return [int(part.sum()) for part in mask.split(sizes)]
+    return torch.stack([part.sum() for part in mask.split(sizes)])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .device import on_cpu
+
 
 # the eight entries that each byte stands for, as one number of 64 bits that is read as eight bytes
 _OCTETS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64))
@@ -23,14 +25,14 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: uint8, shape (ceil(numel / 8),), on the device of `mask`.
     """
     flat = mask.detach().reshape(-1)
-    if flat.device.type == "cpu":
+    if on_cpu(flat):
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     return _pack_by_shifts(flat)
 
 
 def unpack_bits(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Inverse of [`pack_bits`]: bool, of the given shape, on the device of `packed`; nothing waits for a GPU."""
-    if packed.device.type == "cpu":
+    if on_cpu(packed):
         octets = torch.index_select(_OCTETS, 0, packed.int()).view(torch.uint8)
     else:
         octets = _unpack_by_shifts(packed)

@@ -34,9 +34,9 @@ class NMGranularity:
         """Rows and columns that share a score: one weight."""
         return (1, 1)
 
-    def units(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+    def units(self, scores: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
         """Bool, the shape of `scores`, with `kept / numel · m` of every `m` along a row."""
-        return n_m_mask(scores, kept * self.m // scores.numel(), self.m)
+        return n_m_mask(scores, int(kept) * self.m // scores.numel(), self.m)
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
         """Number of weights kept at `density`; while the density falls, whole weights a group, rounded up."""
@@ -69,7 +69,7 @@ class BlockGranularity:
                 "Add it to `exclude_modules`, or use another block."
             )
 
-    def units(self, scores: torch.Tensor, kept: int) -> torch.Tensor:
+    def units(self, scores: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
         """Bool, the shape of `scores`: the `kept` blocks with the largest scores."""
         return topk_mask(scores, kept)
 

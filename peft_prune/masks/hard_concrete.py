@@ -33,4 +33,5 @@ def draw_noise(shape: torch.Size, device: torch.device, seed: int) -> torch.Tens
     """Uniform in (0, 1), float32: drawn on the CPU, so that every rank and device has the same."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
-    return noise.to(device)
+    # from pinned memory, which a copy does not wait for
+    return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)

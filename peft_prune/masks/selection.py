@@ -7,9 +7,28 @@ from typing import Optional
 import numpy as np
 import torch
 
+from .device import on_cpu
+from .radix import radix_topk
+
 
 # Odd, so multiplying by it modulo 2**32 is a bijection; close to 2**32 / golden ratio, so neighbours land far apart.
 _SCRAMBLE = 2654435761
+_NAN = (
+    "The scores hold NaN, so they cannot be ranked. Training has diverged: lower the score learning rate or clip "
+    "gradients."
+)
+
+_on_device = radix_topk
+
+
+def compile_selection(enabled: bool = True) -> None:
+    """Compile what finds the largest scores on accelerators, by `torch.compile`, or undo that.
+
+    A few kernels for each matrix then, where there are some hundred small ones. `PruningCallback` does so if
+    `TrainingArguments(torch_compile=True)` is set. On a CPU it changes nothing: selection is NumPy's there.
+    """
+    global _on_device
+    _on_device = torch.compile(radix_topk, fullgraph=True) if enabled else radix_topk
 
 
 def tie_order(indices: torch.Tensor) -> torch.Tensor:
@@ -27,12 +46,14 @@ def tie_order(indices: torch.Tensor) -> torch.Tensor:
     return (indices * _SCRAMBLE) & 0xFFFFFFFF
 
 
-def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
+def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
     """Mask of the `k` largest scores, ties broken by [`tie_order`].
+
+    On an accelerator nothing is read back: scores that hold NaN are not noticed there before [`check_ranked`].
 
     Args:
         scores (`torch.Tensor`): floating point, any shape.
-        k (`int`): how many entries to keep, from 0 to `scores.numel()`.
+        k (`int` or `torch.Tensor`): how many entries to keep, from 0 to `scores.numel()`; as a tensor int64, 0-dim.
 
     Returns:
         `torch.Tensor`: bool, the shape of `scores`, exactly `k` entries `True`.
@@ -41,49 +62,47 @@ def topk_mask(scores: torch.Tensor, k: int) -> torch.Tensor:
         ValueError: `k` is out of range, or the scores hold NaN.
     """
     n = scores.numel()
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k} must lie between 0 and the number of scores, {n}.")
-    if k == n:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(k, torch.Tensor) and on_cpu(k):
+        k = int(k)
+    if isinstance(k, int):
+        if not 0 <= k <= n:
+            raise ValueError(f"k={k} must lie between 0 and the number of scores, {n}.")
+        if k in (0, n):
+            return torch.full_like(scores, k == n, dtype=torch.bool)
     flat = scores.detach().reshape(-1)
-    mask, tied, missing = _select_on_cpu(flat, k) if flat.device.type == "cpu" else _select(flat, k)
+    if not on_cpu(flat):
+        wanted = k if isinstance(k, torch.Tensor) else torch.full((), k, dtype=torch.int64, device=flat.device)
+        ranks = tie_order(torch.arange(n, device=flat.device))
+        return _on_device(flat, wanted, ranks).view(scores.shape)
+    mask, tied, missing = _select_on_cpu(flat, int(k))
     if tied is not None:
         positions = tied.nonzero().squeeze(1)
         mask[positions[tie_order(positions).argsort()[:missing]]] = True
     return mask.view(scores.shape)
 
 
-def _select(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, Optional[torch.Tensor], int]:
-    """Mask of what is certain, and if there are more ties than room: these, and the room that is left."""
-    threshold = torch.kthvalue(flat, flat.numel() - k + 1).values
-    mask, tied = flat > threshold, flat == threshold
-    missing, found = k - int(mask.sum()), int(tied.sum())
-    _check_ranked(missing, found)
-    return (mask, tied, missing) if found > missing else (mask | tied, None, 0)
-
-
 def _select_on_cpu(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, Optional[torch.Tensor], int]:
-    """[`_select`] by NumPy, whose partition and comparisons are ten times as fast as torch's on a CPU."""
+    """Mask of what is certain, and if there are more ties than room: these, and the room that is left.
+
+    By NumPy, whose partition and comparisons are ten times as fast as torch's on a CPU.
+    """
     values = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
     place = flat.numel() - k
     threshold = np.partition(values, place)[place]
     mask, at_least = values > threshold, values >= threshold
     missing = k - int(np.count_nonzero(mask))
     found = int(np.count_nonzero(at_least)) - (k - missing)
-    _check_ranked(missing, found)
+    if found < missing:
+        raise ValueError(_NAN)
     if found > missing:
         return torch.from_numpy(mask), torch.from_numpy(at_least ^ mask), missing
     return torch.from_numpy(at_least), None, 0
 
 
-def _check_ranked(missing: int, found: int) -> None:
-    if found < missing:
-        raise ValueError(
-            "The scores hold NaN, so they cannot be ranked. Training has diverged: lower the score learning rate or "
-            "clip gradients."
-        )
+def check_ranked(scores: torch.Tensor) -> None:
+    """Raise `ValueError` if scores hold NaN; the host waits for the answer."""
+    if bool(torch.isnan(scores).any()):
+        raise ValueError(_NAN)
 
 
 def n_m_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -98,11 +117,8 @@ def n_m_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
         `torch.Tensor`: bool, shape (out, in), exactly `n` of every `m` entries of a row `True`.
     """
     groups = scores.detach().reshape(-1, m)
-    if bool(torch.isnan(groups).any()):
-        raise ValueError(
-            "The scores hold NaN, so they cannot be ranked. Training has diverged: lower the score learning rate or "
-            "clip gradients."
-        )
+    if on_cpu(groups):
+        check_ranked(groups)
     order = groups.argsort(dim=1, descending=True, stable=True)[:, :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
     return mask.view(scores.shape)

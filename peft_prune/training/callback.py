@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
+from ..masks.selection import compile_selection
 from ..report.summary import by_kind, layer_densities
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
@@ -44,6 +45,8 @@ class PruningCallback(TrainerCallback):
             )
         for layer in pruning_layers(model):
             layer.schedule_is_managed = True
+        if getattr(args, "torch_compile", False):
+            compile_selection()
         self._advance(state, model, kwargs.get("optimizer"))
 
     def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:
@@ -73,10 +76,13 @@ class PruningCallback(TrainerCallback):
         """
         adapters = trained_adapters(model)
         if not adapters:
-            return self.last | {"penalty": 0.0}
+            return self._last() | {"penalty": 0.0}
         kinds = by_kind(layer_densities(model, next(iter(adapters))))[:-1]  # the last is all of them together
         densities = {f"density/{kind}": kept / size for kind, size, kept, *_ in kinds}
-        return self.last | {"penalty": penalty(model)} | densities
+        return self._last() | {"penalty": penalty(model)} | densities
+
+    def _last(self) -> dict[str, float]:
+        return {key: float(value) for key, value in self.last.items()}  # waits for a device that has not counted yet
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: Any = None, logs: Optional[dict] = None, **kwargs: Any

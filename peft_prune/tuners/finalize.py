@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.codec import VERSION
+from ..masks.selection import check_ranked
 from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
 from .schedule import sparsity, trained_adapters
@@ -39,13 +40,14 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         check_wrapping(model, layers)
         _warn_if_target_missed(name, layers, config)
         for layer in gathered(layers, config.needs_weights):
-            layer.get_mask(name)  # scores that cannot be ranked are told before the first layer is changed
+            if layer.has_scores(name) or name in layer.update:
+                check_ranked(layer.ranking(name))  # told before the first layer is changed
         config.mask_info = {layer.module_name: layer.finalize(name) for layer in gathered(layers, True)}
         config.finalized, config.mask_format = True, VERSION
 
 
 def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
-    step, total = layers[0].progress[name][:2].tolist()
+    step, total = layers[0].steps(name)
     reached = sparsity(layers, name)
     if config.finds_sparsity:
         config.sparsity = reached

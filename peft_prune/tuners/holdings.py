@@ -35,6 +35,7 @@ class Holdings(nn.Module, BaseTunerLayer):
     # what a layer holds of an adapter, without the prefix: parameters, and persistent buffers
     score_names: tuple[str, ...] = ("scores", "scores_A", "scores_B")
     trained_names: tuple[str, ...] = (*score_names, "update")
+    watched_names: tuple[str, ...] = trained_names  # of which the first that is there tells whether training goes on
     stored_names: tuple[str, ...] = ("mask", "values", "progress")
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
@@ -45,7 +46,7 @@ class Holdings(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.adapter_layer_names = tuple(prefix + name for name in self.trained_names)
         stored = tuple(prefix + name for name in self.stored_names)
-        others = ("pruning_config", "granularity", "penalty_grad", "score_starts", "_masks", "_values")
+        others = ("pruning_config", "granularity", "penalty_grad", "score_starts", "_masks", "_values", "_counted")
         self.other_param_names = (*stored, *others)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -60,6 +61,8 @@ class Holdings(nn.Module, BaseTunerLayer):
         # per adapter: what the mask was computed from, the versions of that, the mask in bits
         self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
         self._values: dict[str, torch.Tensor] = {}
+        # per adapter: `progress` and its version, and what the host knows it to hold
+        self._counted: dict[str, tuple[torch.Tensor, int, list[Any]]] = {}
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self.cached_weight = CachedWeight()
         self._disable_adapters = False

@@ -83,10 +83,11 @@ class PruningLayer(StoredForm):
 
     def _look_at_schedule(self, name: str) -> None:
         """Warn if an adapter is trained while nobody advances its schedule."""
-        if self.training and self.pruning_config[name].init_weights:
-            watched = [self.held(kind)[name] for kind in self.trained_names if name in self.held(kind)]
-            if watched:
-                self._watch.look(name, watched[0], self.progress[name])
+        if not self.training or name not in self.progress or torch.compiler.is_compiling():
+            return
+        watched = [self.held(kind)[name] for kind in self.watched_names if name in self.held(kind)]
+        if watched and self.pruning_config[name].init_weights:
+            self._watch.look(name, watched[0], self.steps(name)[0])
 
     def _trained(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What training sees of a matrix (out, in), with gradients for scores and update."""
@@ -115,7 +116,7 @@ class PruningLayer(StoredForm):
         """Noise of the gates, in training only; the same on all ranks, another for each layer and step."""
         if not (self.training and torch.is_grad_enabled()):
             return None
-        step = int(self.progress[name][0])
+        step = self.steps(name)[0]
         seed = zlib.crc32(f"{getattr(self.pruning_config[name], 'seed', 0)}:{step}:{self.module_name}".encode())
         return draw_noise(self.scores[name].shape, self.scores[name].device, seed)
 

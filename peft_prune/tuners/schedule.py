@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from ..config import PruningConfig
 from ..masks.allocation import allocate_by_score, allocate_globally
+from ..masks.device import on_cpu
 from ..masks.penalty import sigmoid_penalty
 from ..masks.schedule import Schedule
 from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
+
+
+Count = int | torch.Tensor  # a tensor, int64 and 0-dim, where only the device knows the number
 
 
 def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
@@ -47,7 +52,8 @@ def update_schedule(
         grad_scale (`float`): factor by which the loss is scaled (fp16 gradient scaling), so that the penalty is too.
 
     Returns:
-        `dict[str, float]`: `sparsity` (of all target weights) and `penalty_lambda` of the first active adapter.
+        `dict[str, float]`: `sparsity` (of all target weights) and `penalty_lambda` of the first active adapter. On an
+            accelerator `sparsity` is a 0-dim tensor if it would have to be waited for; `float` reads it.
 
     Raises:
         ValueError: there is nothing to advance, the number of steps is unknown, or `step` is beyond it.
@@ -89,17 +95,17 @@ def _update_adapter(
     if report is not None:
         return report
     renewed = step % config.mask_interval == 0 or step == total
-    counts = kept_weights(name, layers, step, total) if renewed else [layer.kept(name) for layer in layers]
+    counts = kept_weights(name, layers, step, total) if renewed else [None] * len(layers)
     for layer, kept in zip(gathered(layers, config.needs_weights), counts, strict=True):
         layer.set_kept(name, kept, step, total)
         if not renewed:
             layer.keep_mask(name)
-        layer.get_mask(name)  # now, so that compiled forward passes find it
+        layer.mask_bits(name)  # now, so that compiled forward passes find it
     weight = _penalty_weight(config, step, total)
     if weight and config.learns_scores:
         for layer in layers:
             layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.score_count(name)))
-    return {"sparsity": sparsity(layers, name), "penalty_lambda": weight}
+    return {"sparsity": _sparsity_unread(layers, name), "penalty_lambda": weight}
 
 
 def penalty(model: nn.Module) -> float:
@@ -110,7 +116,7 @@ def penalty(model: nn.Module) -> float:
     total = 0.0
     for name, layers in trained_adapters(model).items():
         config = layers[0].pruning_config[name]
-        step, steps = layers[0].progress[name][:2].tolist()
+        step, steps = layers[0].steps(name)
         if config.penalty and step >= 0 and config.learns_scores:
             whole = gathered(layers, config.needs_weights)
             means = [sigmoid_penalty(layer.ranking(name).detach(), config.penalty_offset) for layer in whole]
@@ -123,18 +129,20 @@ def _penalty_weight(config: PruningConfig, step: int, total_steps: int) -> float
     return Schedule(0.0, config.penalty, curve=config.penalty_schedule).at(step, total_steps)
 
 
-def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> list[int]:
-    """Number of weights that each layer keeps at a step: schedule and allocation together."""
+def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: int) -> Sequence[Optional[Count]]:
+    """Weights that each layer keeps at a step: schedule and allocation together; `None` for as many as now."""
     config = layers[0].pruning_config[name]
     if config.from_existing_zeros:
-        return [layer.kept(name) for layer in layers]
+        return [None] * len(layers)
     threshold = config.score_threshold_at(step, total_steps)
     if threshold is not None:
         return [_above(layer, name, threshold, config.min_density) for layer in gathered(layers)]
     densities = [
         1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
     ]
-    counts = [layer.granularity[name].count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)]
+    counts: list[Count] = [
+        layer.granularity[name].count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)
+    ]
     shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
     if config.allocation == "local" or not shared:
         return counts
@@ -153,16 +161,27 @@ def kept_weights(name: str, layers: list[PruningLayer], step: int, total_steps: 
     else:
         kinds = [module_kind(layers[i].module_name) for i in shared]
         allocated = allocate_by_score(rankings, kinds, density, config.temperature)
-    for i, count in zip(shared, allocated, strict=True):
+    for i, count in zip(shared, allocated.tolist() if on_cpu(allocated) else allocated, strict=True):
         counts[i] = count * min(areas)
     return counts
 
 
-def _above(layer: PruningLayer, name: str, threshold: float, min_density: float) -> int:
+def _above(layer: PruningLayer, name: str, threshold: float, min_density: float) -> Count:
     """Weights whose score is above a threshold, and a least share of the matrix in any case."""
     scores = layer.ranking(name)
-    units = max(int((scores > threshold).sum()), math.ceil(min_density * scores.numel()))
-    return units * math.prod(layer.block(name))
+    units = (scores > threshold).sum().clamp(min=math.ceil(min_density * scores.numel()))
+    return (int(units) if on_cpu(units) else units) * math.prod(layer.block(name))
+
+
+def _sparsity_unread(layers: list[PruningLayer], name: str) -> Any:
+    """[`sparsity`], as a 0-dim tensor where it would have to be waited for."""
+    counts = [layer.kept_unread(name) for layer in layers]
+    on_device = [count for count in counts if isinstance(count, torch.Tensor)]
+    if not on_device:
+        return sparsity(layers, name)
+    total = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    known = sum(count for count in counts if isinstance(count, int))
+    return 1.0 - (torch.stack([count.to(on_device[0].device) for count in on_device]).sum() + known) / total
 
 
 def sparsity(layers: list[PruningLayer], adapter_name: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -12,6 +12,7 @@ from torch import nn
 from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.bits import pack_bits, unpack_bits
 from ..masks.codec import load_mask, stored_size
+from ..masks.device import on_cpu
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
 from .distributed import mask_unknown
@@ -124,11 +125,46 @@ class AdapterState(Holdings):
             return int(self.pruning_config[adapter_name].mask_info[self.module_name]["kept"])  # type: ignore[index]
         if adapter_name not in self.progress:  # not calibrated yet
             return self.shape[0] * self.shape[1]
-        return int(self.progress[adapter_name][2])
+        known = self._known(adapter_name)
+        if known[2] is None:
+            known[2] = int(self.progress[adapter_name][2])
+        return known[2]
 
-    def set_kept(self, adapter_name: str, kept: int, step: int, total_steps: int) -> None:
-        """Set how many weights the adapter keeps from here on."""
-        self.progress[adapter_name].copy_(torch.tensor([step, total_steps, kept]))
+    def steps(self, adapter_name: str) -> tuple[int, int]:
+        """Optimizer step at which the mask was set (-1 before the first time), and steps of the whole training."""
+        step, total, _ = self._known(adapter_name)
+        return step, total
+
+    def _known(self, adapter_name: str) -> list[Any]:
+        """What `progress` holds; `None` for weights kept that only the device knows."""
+        progress = self.progress[adapter_name]
+        known = self._counted.get(adapter_name)
+        if known is None or known[0] is not progress or known[1] != progress._version:
+            known = self._counted[adapter_name] = (progress, progress._version, progress.tolist())
+        return known[2]
+
+    def set_kept(self, adapter_name: str, kept: Optional[int | torch.Tensor], step: int, total_steps: int) -> None:
+        """Set how many weights the adapter keeps from here on.
+
+        A tensor (int64, 0-dim) is not read, and `None` is as many as before.
+        """
+        progress, known = self.progress[adapter_name], self._known(adapter_name)[2]
+        progress[0].fill_(step)
+        progress[1].fill_(total_steps)
+        if isinstance(kept, torch.Tensor):
+            progress[2].copy_(kept, non_blocking=True)
+            known = None
+        elif kept is not None:
+            progress[2].fill_(kept)
+            known = kept
+        self._counted[adapter_name] = (progress, progress._version, [step, total_steps, known])
+
+    def kept_unread(self, adapter_name: str) -> int | torch.Tensor:
+        """[`kept`], as a tensor (int64, 0-dim) where only the device knows it."""
+        if adapter_name not in self.progress or on_cpu(self.progress[adapter_name]):
+            return self.kept(adapter_name)
+        known = self._known(adapter_name)[2]
+        return self.progress[adapter_name][2] if known is None else known
 
     def get_mask(self, adapter_name: str) -> torch.Tensor:
         """Mask in force: bool, shape (out, in)."""
@@ -189,7 +225,7 @@ class AdapterState(Holdings):
         if config.from_existing_zeros:
             return self.matrix != 0
         block = self.block(adapter_name)
-        kept = self.kept(adapter_name) // (block[0] * block[1])
+        kept = self.kept_unread(adapter_name) // (block[0] * block[1])
         return spread(self.granularity[adapter_name].units(self.ranking(adapter_name), kept), block)
 
     def _updated(self, name: str, matrix: torch.Tensor) -> torch.Tensor:

@@ -21,18 +21,14 @@ class ScheduleWatch:
     """Notices that scores are trained while nobody advances the schedule."""
 
     def __init__(self) -> None:
-        self._advanced: set[str] = set()
         self._first_seen: dict[str, torch.Tensor] = {}
 
-    def look(self, adapter_name: str, scores: torch.Tensor, progress: torch.Tensor) -> None:
-        """Compare a few scores with what they were at first, until the schedule moves.
+    def look(self, adapter_name: str, scores: torch.Tensor, step: int) -> None:
+        """Compare a few scores with what they were at first, until the schedule moves from step -1.
 
         Values and not tensor versions tell whether an optimizer has been at work: fused ones do not count versions up.
         """
-        if torch.compiler.is_compiling() or adapter_name in self._advanced or "schedule" in _warned:
-            return
-        if int(progress[0]) >= 0:
-            self._advanced.add(adapter_name)
+        if step >= 0 or "schedule" in _warned:
             return
         flat = scores.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)].clone()
@@ -47,5 +43,4 @@ class ScheduleWatch:
 
     def forget(self, adapter_name: str) -> None:
         """Drop what is known of an adapter."""
-        self._advanced.discard(adapter_name)
         self._first_seen.pop(adapter_name, None)

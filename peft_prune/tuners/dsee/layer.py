@@ -30,6 +30,7 @@ class DSEELayer(PruningLayer):
     """
 
     trained_names = (*PruningLayer.trained_names, "A", "B", "sparse")
+    watched_names = ("B",)  # while it is 0, A does not move
     stored_names = (*PruningLayer.stored_names, "support", "bits")
 
     def __init__(self, *args: Any) -> None:
@@ -73,13 +74,13 @@ class DSEELayer(PruningLayer):
     ) -> Optional[dict[str, float]]:
         """Prune when the schedule passes `prune_at`; before and after, only the step is noted."""
         when = math.ceil(layers[0].pruning_config[name].prune_at * total_steps)
-        if int(layers[0].progress[name][0]) < 0:
+        if layers[0].steps(name)[0] < 0:
             check_units(model, name, layers)  # now, and not in the middle of training
-        if int(layers[0].progress[name][0]) < when <= step:
+        if layers[0].steps(name)[0] < when <= step:
             prune_once(model, name)
         for layer in layers:
-            layer.set_kept(name, layer.kept(name), step, total_steps)
-            layer.get_mask(name)
+            layer.set_kept(name, None, step, total_steps)
+            layer.mask_bits(name)
         return {"sparsity": sparsity(layers, name), "penalty_lambda": 0.0}
 
     def set_bits(self, name: str, mask: torch.Tensor) -> None:
@@ -145,8 +146,7 @@ class DSEELayer(PruningLayer):
         if len(names) > 1 and any(self.changes_weights(name) for name in names):
             return super().effective_weight(weight)  # raises
         for name in names:
-            if self.training and name in self.progress and self.changes_weights(name):
-                self._watch.look(name, self.held("B")[name], self.progress[name])
+            self._look_at_schedule(name)
             weight = weight * self._as_matrix(self.get_mask(name))
         return weight
 
