@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         task_type="SEQ_CLS",
         sparsity=args.sparsity,
         allocation=args.allocation,
-        modules_to_save=["pooler"],
+        modules_to_save=["pooler.dense"],
     )
     model = get_peft_model(load_classifier(base, num_labels), config)
     trainer = train_pruned(model, tokenizer, train_set, eval_set, lr=1e-3, steps=args.steps, teacher=dense, **common)

@@ -69,7 +69,7 @@ def test_training_reaches_the_sparsity_and_the_adapter_is_a_mask(allocation, bat
     config = SMPConfig(sparsity=0.8, allocation=allocation, score="low_rank", score_rank=2, task_type="SEQ_CLS")
     model = get_peft_model(make_bert(), config).train()
     optimizer = create_pruning_optimizer(model, lr=1e-3)
-    assert optimizer.param_groups[0]["lr"] == config.score_lr and len(optimizer.param_groups[0]["params"]) == 24
+    assert optimizer.param_groups[-1]["lr"] == config.score_lr and len(optimizer.param_groups[-1]["params"]) == 24
     update_schedule(model, 0, 4)
     started = [layer.get_mask("default").clone() for layer in pruning_layers(model)]
     for step in range(1, 5):

@@ -352,6 +352,11 @@ def sparse_base(share=0.7):
     return base
 
 
+def test_a_dense_base_has_no_zeros_to_keep():
+    with pytest.raises(ValueError, match="none of the .* target matrices has a zero"):
+        get_peft_model(make_bert(), MovementPruningConfig(from_existing_zeros=True))
+
+
 def test_a_sparse_checkpoint_keeps_its_zeros(tmp_path, batch):
     base = sparse_base()
     zeros = {name: p == 0 for name, p in snapshot(base).items()}

@@ -219,6 +219,14 @@ def test_another_base_model_is_told_before_anything_is_replaced(tmp_path, change
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_another_class_of_the_same_model_is_told(tmp_path):
+    final_adapter(tmp_path)
+    with pytest.raises(
+        MaskFormatError, match=r"another class of the same one: the adapter's modules begin with 'bert\.'"
+    ):
+        PeftModel.from_pretrained(make_bert().bert, tmp_path)
+
+
 def test_scores_of_another_model_are_told(tmp_path):
     prune(make_bert()).save_pretrained(tmp_path)
     with pytest.raises(MaskFormatError, match=r"scores of .* are \(32, 32\) in the file but \(64, 64\)"):

@@ -242,7 +242,7 @@ def test_optimizer_groups(tmp_path):
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     trainer = PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), score_lr=0.5)
-    assert trainer.create_optimizer().param_groups[0]["lr"] == 0.5
+    assert trainer.create_optimizer().param_groups[-1]["lr"] == 0.5
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -344,19 +344,19 @@ def test_wrong_use_is_told(tmp_path):
         update_schedule(model, 1)
     with pytest.raises(ValueError, match="step=11 must lie between 0 and total_steps=10"):
         update_schedule(model, 11, 10)
-    with pytest.raises(ValueError, match="not found in this model"):
+    with pytest.raises(ValueError, match="contains no pruning adapter"):
         update_schedule(nn.Linear(2, 2), 1, 10)
     with pytest.raises(ValueError, match="adapter_name='other'"):
         finalize(model, "other")
     update_schedule(model, 10, 10)
     finalize(model)
-    with pytest.raises(ValueError, match="are final already"):
+    with pytest.raises(ValueError, match="masks are final already"):
         update_schedule(model, 1, 10)
     with pytest.raises(ValueError, match="final already"):
         finalize(model)
-    with pytest.raises(ValueError, match="no trainable scores"):
+    with pytest.raises(ValueError, match="masks are final already"):
         create_pruning_optimizer(model, 1e-3)
-    with pytest.raises(ValueError, match="has final masks already"):
+    with pytest.raises(ValueError, match="masks are final already"):
         Trainer(model=model, args=arguments(tmp_path), train_dataset=data(), callbacks=[PruningCallback()]).train()
     with pytest.raises(ValueError, match="contains no pruning adapter"):
         callbacks = [PruningCallback()]
@@ -414,3 +414,36 @@ def test_trainers_own_card_says_to_import(tmp_path):
     trainer.save_model()
     trainer.create_model_card()
     assert (tmp_path / "README.md").read_text().count("import peft_prune") == 1
+
+
+def test_scores_without_a_learning_rate_of_their_own_are_told(tmp_path):
+    def train(**kwargs):
+        model = smp_bert(score_lr=0.03)
+        optimizer = kwargs.pop("own", lambda model: None)(model)
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=1, learning_rate=1e-3),
+            train_dataset=data(),
+            callbacks=[PruningCallback()],
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+
+    with pytest.warns(UserWarning, match=r"all other weights, 0\.001, and not at score_lr=0\.03"):
+        train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*score_lr")
+        train(own=lambda model: create_pruning_optimizer(model, lr=1e-3))
+
+
+def test_a_teacher_that_is_no_model_is_told(tmp_path):
+    with pytest.raises(TypeError, match="teacher='some/model' must be a model"):
+        PruningTrainer(model=smp_bert(), args=arguments(tmp_path), teacher="some/model")
+
+
+def test_the_logged_learning_rate_is_the_one_that_was_given(tmp_path):
+    model = smp_bert(score_lr=0.03)
+    args = arguments(tmp_path, max_steps=2, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1)
+    trainer = PruningTrainer(model=model, args=args, train_dataset=data())
+    trainer.train()
+    assert {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row} == {1e-3}

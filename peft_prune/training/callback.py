@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Optional
 
 from transformers import TrainerCallback
@@ -10,7 +11,25 @@ from ..masks.selection import compile_selection
 from ..report.summary import by_kind, layer_densities
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
-from ..tuners.schedule import penalty, trained_adapters, update_schedule
+from ..tuners.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
+
+
+def _warn_about_score_lr(model: Any, optimizer: Any) -> None:
+    """Warn if scores share a parameter group with other weights, so that the config's `score_lr` is not in force."""
+    for name, layers in trained_adapters(model).items():
+        held = [layer.held(kind) for layer in layers for kind in layer.score_names]
+        scores = {id(holder[name]) for holder in held if name in holder}
+        for group in getattr(optimizer, "param_groups", ()):
+            ours = sum(id(parameter) in scores for parameter in group["params"])
+            rate, wanted = group.get("initial_lr", group["lr"]), layers[0].pruning_config[name].score_lr
+            if ours and rate != wanted and ours < len(group["params"]):
+                warnings.warn(
+                    f"The scores are trained at the learning rate of all other weights, {rate:g}, and not at "
+                    f"score_lr={wanted:g} of the config. Use PruningTrainer, or give your Trainer optimizers="
+                    "(peft_prune.create_pruning_optimizer(model, lr=...), None).",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
 
 class PruningCallback(TrainerCallback):
@@ -38,15 +57,12 @@ class PruningCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the adapters, and set the schedule to where training begins or is resumed."""
         if not trained_adapters(model):
-            reason = "has final masks already" if pruning_layers(model) else "contains no pruning adapter"
-            raise ValueError(
-                f"PruningCallback: the model {reason}, so there is nothing to train. Wrap the base model first: "
-                "get_peft_model(base_model, SMPConfig(...))."
-            )
+            raise ValueError(f"PruningCallback has nothing to train: {why_nothing_trains(model)}")
         for layer in pruning_layers(model):
             layer.schedule_is_managed = True
         if getattr(args, "torch_compile", False):
             compile_selection()
+        _warn_about_score_lr(model, kwargs.get("optimizer"))
         self._advance(state, model, kwargs.get("optimizer"))
 
     def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:

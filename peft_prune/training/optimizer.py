@@ -10,7 +10,7 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..tuners.layer import PruningLayer
-from ..tuners.schedule import trained_adapters
+from ..tuners.schedule import trained_adapters, why_nothing_trains
 
 
 def pruning_parameter_groups(
@@ -34,8 +34,9 @@ def pruning_parameter_groups(
     updates = _trained(adapters, sorted(others_of_ours.difference(PruningLayer.score_names)))
     if not scores and not updates:
         raise ValueError(
-            "The model has no trainable scores: its masks are final, the adapter was loaded without is_trainable=True, "
-            "or there is no pruning adapter."
+            f"There are no scores to train: {why_nothing_trains(model)}"
+            if not adapters
+            else "The model's scores are frozen. Load the adapter with is_trainable=True."
         )
     if score_lr is None:
         name, layers = next(iter(adapters.items()))
@@ -44,12 +45,12 @@ def pruning_parameter_groups(
     exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], exempt))
     others = {name: p for name, p in trainable.items() if id(p) not in scores and id(p) not in updates}
-    groups = [
-        {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
+    groups = [  # `Trainer` logs the learning rate of the first: the one that it was given
         {"params": [p for n, p in others.items() if n in decayed], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for n, p in others.items() if n not in decayed], "lr": lr, "weight_decay": 0.0},
         # a decay of the update would draw the weights back to the base model
         {"params": list(updates.values()), "lr": lr, "weight_decay": 0.0},
+        {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

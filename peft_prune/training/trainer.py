@@ -36,6 +36,7 @@ class PruningTrainer(Trainer):
 
     Raises:
         ValueError: `distillation_alpha` is not in [0, 1], or `distillation_temperature` not positive.
+        TypeError: `teacher` is not a model.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class PruningTrainer(Trainer):
             raise ValueError(f"distillation_alpha={distillation_alpha!r} must be in [0, 1]; the papers use 0.5.")
         if distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature={distillation_temperature!r} must be positive; try 2.")
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher={teacher!r} must be a model: load it first, by from_pretrained.")
         super().__init__(*args, **kwargs)
         self.score_lr = score_lr
         self.distillation_alpha = distillation_alpha

@@ -28,7 +28,8 @@ def check_targets(info: Mapping[str, Mapping[str, Any]], targets: Mapping[str, P
     if missing:
         where = "has no mask for" if missing[0] in targets else "has a mask for the absent module"
         raise MaskFormatError(
-            f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model."
+            f"The adapter {where} {missing[0]!r} ({len(missing)} such modules): it was made for another base model"
+            f"{_other_class(sorted(info), sorted(targets))}."
         )
     for name, layer in targets.items():
         if list(layer.shape) != list(info[name]["shape"]):
@@ -36,6 +37,29 @@ def check_targets(info: Mapping[str, Mapping[str, Any]], targets: Mapping[str, P
                 f"{name!r} is {layer.shape} in this model, but the adapter's mask is for "
                 f"{tuple(info[name]['shape'])}: it was made for another base model."
             )
+
+
+def _other_class(stored: list[str], present: list[str]) -> str:
+    """What to say if names differ by what they begin with only: that is another class of the same model."""
+    if not stored or not present:
+        return ""
+    for one, other, has in ((stored[0], present[0], "the adapter's"), (present[0], stored[0], "this model's")):
+        if one != other and one.endswith("." + other):
+            return (
+                f", or another class of the same one: {has} modules begin with {one.removesuffix(other)!r}. Load the "
+                "class that it was trained with, such as AutoModelForSequenceClassification"
+            )
+    return ""
+
+
+def check_has_zeros(targets: Mapping[str, PruningLayer]) -> None:
+    """Raise `ValueError` if none of the matrices whose zeros are to stay has any; what is not loaded yet may have."""
+    weights = [layer.matrix for layer in targets.values()]
+    if not any(weight.is_meta or bool((weight == 0).any()) for weight in weights):
+        raise ValueError(
+            f"from_existing_zeros=True, but none of the {len(weights)} target matrices has a zero, so nothing would be "
+            "pruned. Load the sparse checkpoint, or give `sparsity` to prune this one."
+        )
 
 
 def check_stored_state(

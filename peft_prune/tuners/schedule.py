@@ -31,6 +31,26 @@ def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
     return adapters
 
 
+def why_nothing_trains(model: nn.Module) -> str:
+    """Why [`trained_adapters`] finds none, and what to do: the end of an error message."""
+    layers = pruning_layers(model)
+    if not layers:
+        return (
+            "the model contains no pruning adapter. Wrap the base model first: get_peft_model(base_model, "
+            "SMPConfig(...))."
+        )
+    configs = [layer.pruning_config[name] for layer in layers for name in layer.active_adapters]
+    if not any(config.trains for config in configs):
+        return (
+            "the masks of this method are not trained. Calibrate them, call model.merge_and_unload(), and train what "
+            "it returns like any model."
+        )
+    return (
+        "the model's masks are final already, and a mask without scores cannot be trained. Start a new adapter, or go "
+        "on from a checkpoint that was saved before they were final."
+    )
+
+
 def module_kind(name: str) -> str:
     """Kind of a module: its name without numbers, the same for all queries, for all keys, and so on."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
@@ -60,8 +80,7 @@ def update_schedule(
     """
     adapters = trained_adapters(model)
     if not adapters:
-        state = "are final already" if pruning_layers(model) else "were not found in this model"
-        raise ValueError(f"update_schedule: pruning adapters {state}, so there is no schedule to advance.")
+        raise ValueError(f"update_schedule has no schedule to advance: {why_nothing_trains(model)}")
     reports = [_update_adapter(model, name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
     return reports[0]
 
