@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_prune.masks.bits import _pack_by_shifts, _unpack_by_shifts, pack_bits, unpack_bits
+from peft_prune.masks.bits import _pack_by_shifts, _unpack_by_shifts, masked_by_bits, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (64, 96), (7, 4097)])
@@ -15,6 +15,14 @@ def test_bits_are_those_of_numpy_and_come_back(shape):
     assert torch.equal(unpack_bits(bits, shape), mask)
     assert torch.equal(_pack_by_shifts(mask.reshape(-1)), bits)
     assert torch.equal(_unpack_by_shifts(bits)[: mask.numel()].bool().view(shape), mask)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (768, 768), (601, 1001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_bits_is_one_with_the_mask(shape, dtype):
+    mask, matrix = torch.rand(shape) < 0.3, torch.randn(shape).to(dtype)
+    assert torch.equal(masked_by_bits(matrix, pack_bits(mask)), matrix * mask)
+    assert torch.equal(masked_by_bits(matrix.T, pack_bits(mask.T)), (matrix * mask).T)
 
 
 def test_a_mask_that_is_no_contiguous_tensor():

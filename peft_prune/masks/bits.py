@@ -14,6 +14,8 @@ from .device import on_cpu
 # the eight entries that each byte stands for, as one number of 64 bits that is read as eight bytes
 _OCTETS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64))
 
+_PART = 1 << 15  # bytes of packed bits that are unpacked at once
+
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """Pack a mask, row-major, the first entry in the lowest bit of the first byte; bits left over are 0.
@@ -37,6 +39,22 @@ def unpack_bits(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     else:
         octets = _unpack_by_shifts(packed)
     return octets[: math.prod(shape)].view(torch.bool).view(*shape)
+
+
+def masked_by_bits(matrix: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """`matrix ⊙ mask`, without gradients: the dtype and shape of `matrix`, whose mask is `packed`.
+
+    On a CPU a part at a time, so that the mask's entries stay in the cache: memory that is new costs several times as
+    much as the product.
+    """
+    if torch.compiler.is_compiling() or not on_cpu(matrix) or not matrix.is_contiguous():
+        return matrix * unpack_bits(packed, matrix.shape).view(torch.uint8)
+    result = torch.empty_like(matrix)
+    parts = matrix.view(-1).split(8 * _PART), packed.split(_PART), result.view(-1).split(8 * _PART)
+    for entries, bits, out in zip(*parts, strict=True):
+        octets = torch.from_numpy(np.unpackbits(bits.numpy(), count=len(entries), bitorder="little"))
+        torch.mul(entries, octets, out=out)
+    return result
 
 
 def _pack_by_shifts(flat: torch.Tensor) -> torch.Tensor:

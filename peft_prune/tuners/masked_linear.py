@@ -7,8 +7,8 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
-from ..masks.bits import unpack_bits
-from .masked_weight import masked, score_gradient
+from ..masks.bits import masked_by_bits
+from .masked_weight import score_gradient
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -57,7 +57,7 @@ class MaskedLinear(torch.autograd.Function):
         ctx.scores_dtype, ctx.block = None if scores is None else scores.dtype, block
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch.autocast(device, enabled=False):
-            return F.linear(x, _masked(matrix, bits).to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return F.linear(x, masked_by_bits(matrix, bits).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -67,21 +67,17 @@ class MaskedLinear(torch.autograd.Function):
         grad_x = grad_scores = grad_update = grad_bias = None
         matrix = _sum(weight, update)
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _masked(matrix, bits).to(grad.dtype)
+            grad_x = grad @ masked_by_bits(matrix, bits).to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dense = flat.T @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[2]:
-                grad_update = _masked(dense.to(update.dtype), bits)
+                grad_update = masked_by_bits(dense.to(update.dtype), bits)
             if ctx.needs_input_grad[1]:
                 grad_scores = score_gradient(dense, matrix, ctx.scores_dtype, ctx.block, ctx.penalty)
         if ctx.needs_input_grad[4]:
             grad_bias = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_scores, grad_update, None, grad_bias, None, None, None
-
-
-def _masked(matrix: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    return masked(matrix, unpack_bits(bits, matrix.shape))
 
 
 def _sum(weight: torch.Tensor, update: Optional[torch.Tensor]) -> torch.Tensor:
