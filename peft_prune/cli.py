@@ -15,6 +15,10 @@ from .masks.codec import MaskFormatError
 
 
 _EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
+_CARD_HELP = (
+    ". Only the block between <!-- peft_prune:begin --> and <!-- peft_prune:end --> is replaced; it is added to a "
+    "README.md without one, and text that you wrote stays."
+)
 Answer = tuple[dict[str, Any], Callable[[], None]]
 
 
@@ -45,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-prune", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, function: Callable[[argparse.Namespace], Answer], text: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text}{more}")
         sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(function=function)
         return sub
@@ -64,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
     sub.add_argument("--to", choices=["dense", "compact", "onnx"], default="dense", help=_EXPORT_HELP)
     sub.add_argument("--output", required=True, help="folder to write")
-    sub = command("card", _card, "write README.md with density table, picture and results")
+    sub = command("card", _card, "put density table, picture and results into README.md", _CARD_HELP)
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--evaluation", nargs="*", default=[], metavar="NAME=VALUE", help="such as accuracy=0.847")
     sub.add_argument("--dataset", help="Hub id of the data set of the evaluation")

@@ -161,6 +161,56 @@ def test_card(saved, capsys):
     assert os.path.getsize(folder / "adapter" / "density.png") > 5000
 
 
+def test_card_keeps_what_a_person_wrote(saved, capsys):
+    folder, _ = saved
+    readme = folder / "adapter" / "README.md"
+    run(capsys, "card", folder / "adapter")  # over PEFT's empty template
+    assert "[More Information Needed]" not in readme.read_text()
+    own = readme.read_text() + "\n## Licence\n\nAsk [me](mailto:me).\n"
+    readme.write_text(own.replace("# A mask adapter", "# Our film critic"))
+    run(capsys, "card", folder / "adapter", "--evaluation", "accuracy=0.847")
+    run(capsys, "card", folder / "adapter", "--evaluation", "accuracy=0.9")
+    text = readme.read_text()
+    assert "# Our film critic" in text and "Ask [me](mailto:me)." in text
+    assert "accuracy: 0.9" in text and "0.847" not in text and text.count("density.png") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "# Mine\n\nTrained on a boat.\n",
+        "# Mine\n\n## How to Get Started with the Model\n\nLoad it.\n\n## Trained\n\nOn a boat.\n",
+        "<!-- peft_prune:begin -->\n\nThe end of the block was deleted here.\n",
+        "The block stands between `<!-- peft_prune:begin -->` and `<!-- peft_prune:end -->`.\n",
+    ],
+)
+def test_card_is_added_to_a_readme_without_a_block(saved, capsys, words):
+    folder, _ = saved
+    readme = folder / "adapter" / "README.md"
+    readme.write_text(f"---\nlicense: mit\n---\n{words}")
+    for _ in range(2):
+        run(capsys, "card", folder / "adapter")
+        card = ModelCard.load(readme)
+        lines = [line for line in card.text.splitlines() if line]
+        assert [line for line in words.splitlines() if line and line not in lines] == []
+        assert card.data.license == "mit" and card.text.count("import peft_prune") == 1
+
+
+def test_card_keeps_results_of_other_data(saved, capsys):
+    folder, _ = saved
+    for value, dataset in (("0.8", "a"), ("0.7", "b"), ("0.9", "a")):
+        run(capsys, "card", folder / "adapter", "--evaluation", f"accuracy={value}", "--dataset", dataset)
+    results = ModelCard.load(folder / "adapter" / "README.md").data.eval_results
+    assert {r.dataset_name: r.metric_value for r in results} == {"a": 0.9, "b": 0.7}
+
+
+def test_saving_again_keeps_the_table_of_the_card(saved, capsys):
+    folder, model = saved
+    run(capsys, "card", folder / "adapter")
+    model.save_pretrained(folder / "adapter")
+    assert "density.png" in (folder / "adapter" / "README.md").read_text()
+
+
 def test_command_is_installed():
     from importlib.metadata import entry_points
 

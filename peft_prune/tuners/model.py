@@ -27,7 +27,7 @@ from .load_checks import check_base_weights, check_stored_state, check_targets
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, refuse
-from .schedule import update_schedule
+from .schedule import sparsity, update_schedule
 from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
 from .watch import warn_once
@@ -183,6 +183,8 @@ class PruningModel(BaseTuner):
                 f"Adapter {adapter_name!r} is saved with its scores, not with masks, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
+        trained = [layer for layer in pruning_layers(model, adapter_name) if adapter_name in layer.progress]
+        config.sparsity_when_saved = sparsity(trained, adapter_name) if trained else None
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return without_shards(found, cls.prefix) if config.finalized else found
 
