@@ -1,12 +1,13 @@
 """The `peft-prune` command on adapters that were saved, and on what is none."""
 
+import importlib.util
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert
+from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from test_layer import prune, randomize_scores
@@ -112,6 +113,36 @@ def test_export_dense(saved, capsys, batch):
     assert torch.equal(logits(exported, batch), expected)
     weights = exported.bert.encoder.layer[0].intermediate.dense.weight
     assert 0.7 < (weights == 0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("to", ["dense", "compact", "onnx"])
+def test_export_refuses_a_head_that_is_stored_nowhere(tmp_path, capsys, to):
+    make_masked_lm().save_pretrained(tmp_path / "base")  # an encoder, whose classifier is new
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    final_adapter(tmp_path / "adapter", make=lambda: base)
+    arguments = ("export", tmp_path / "adapter", "--to", to, "--output", tmp_path / "out")
+    error = run(capsys, *arguments, code=2).err
+    assert "'classifier.bias', 'classifier.weight'" in error and "modules_to_save" in error
+    assert "task_type='SEQ_CLS'" in error and not (tmp_path / "out").exists()
+
+
+def test_export_takes_a_head_from_modules_to_save(tmp_path, capsys, batch):
+    make_masked_lm().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    modules = ["classifier", "pooler"]  # new as well: a masked language model has none
+    model = final_adapter(tmp_path / "adapter", make=lambda: base, modules_to_save=modules)
+    run(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(exported, batch), logits(model, batch))
+
+
+def test_export_to_onnx_without_the_package_is_told_at_once(saved, capsys, monkeypatch):
+    folder, _ = saved
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnx" else find_spec(name, *a))
+    monkeypatch.setattr("peft_prune.report.export.load_with_base", lambda *a: pytest.fail("work was done"))
+    error = run(capsys, "export", folder / "adapter", "--to", "onnx", "--output", folder / "onnx", code=2).err
+    assert "pip install" in error and "onnx" in error and not (folder / "onnx").exists()
 
 
 def test_export_compact(tmp_path, capsys, batch):
