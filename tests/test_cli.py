@@ -14,6 +14,7 @@ from test_layer import prune, randomize_scores
 from test_save_load import DAMAGE, final_adapter
 from transformers import AutoModelForSequenceClassification
 
+import peft_prune
 from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
 from peft_prune.cli import main
 from peft_prune.tuners.layer import pruning_layers
@@ -68,6 +69,23 @@ def test_diff(saved, capsys):
     assert answer["only_b"] == sum(int((b & ~a).sum()) for a, b in pairs)
     assert answer["overlap"] == pytest.approx(answer["both"] / sum(int((a | b).sum()) for a, b in pairs))
     assert not answer["identical"] and "overlap" in run(capsys, "diff", folder / "adapter", folder / "other").out
+
+
+def test_diff_shortens_names_and_says_what_overlap_is(saved, capsys):
+    folder, _ = saved
+    final_adapter(folder / "few", target_modules=["query"])
+    arguments = ("diff", folder / "adapter", folder / "few")
+    missing = run(capsys, *arguments, "--json")["not_in_b"]
+    assert len(missing) == 10
+    text = run(capsys, *arguments).out
+    assert all(name in text for name in missing[:3]) and missing[3] not in text and "and 7 more" in text
+    assert "intersection over union" in text and "not_in_a           none" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"peft-prune {peft_prune.__version__}\n"
 
 
 def test_verify(saved, capsys):
