@@ -33,6 +33,13 @@ from .verbalizer import install_verbalizer
 from .watch import warn_once
 
 
+_NOTHING_TO_SHRINK = (
+    "merge_and_unload(shrink=True) took nothing out: each head and neuron still has weights left, as masks "
+    "of single weights nearly always leave them. The model keeps its size. To remove whole heads and neurons, "
+    "prune with granularity='head', 'column' or 'row', or by P-pruning (PPruningConfig)."
+)
+
+
 class PruningModel(BaseTuner):
     """
     Base of the tuners. A method's own model is this class with a `prefix`, and with what is its own if anything is.
@@ -214,19 +221,24 @@ class PruningModel(BaseTuner):
             safe_merge (`bool`): check first that the weights are finite.
             adapter_names (`list[str]`, *optional*): adapters to merge, by default the active ones.
             shrink (`bool`, *optional*): whether to take heads and neurons out whose weights are all zero, see
-                [`peft_prune.shrink`]. By default if the method removes whole heads or neurons.
+                [`peft_prune.shrink`]. By default if the method removes whole heads or neurons. It warns if asked
+                for where there are none.
 
         Raises:
             ValueError: `shrink=True`, and where heads and neurons live is not known for this architecture.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
+        asked = bool(shrink)
         if shrink is None:
             shrink = any(cast(PruningConfig, self.peft_config[name]).structured for name in names)
             shrink = shrink and self._has_anatomy()
-        if shrink:
-            find_sites(self.model)  # tells an unknown architecture before anything is merged
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        return shrink_model(model) if shrink else model
+        if not shrink:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        units = sum(site.units for site in find_sites(self.model))  # tells what it does not know before it merges
+        model = shrink_model(super().merge_and_unload(progressbar, safe_merge, adapter_names))
+        if asked and sum(site.units for site in find_sites(model)) == units:
+            warn_once("nothing to shrink", _NOTHING_TO_SHRINK)
+        return model
 
     def _has_anatomy(self) -> bool:
         try:
