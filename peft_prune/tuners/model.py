@@ -286,7 +286,8 @@ class PruningModel(BaseTuner):
 
         Args:
             adapters (`list[str]`): adapters with final masks, two at least.
-            weights (`list[float]`, *optional*): votes of each adapter for `"majority"`, by default one each.
+            weights (`list[float]`, *optional*): votes of each adapter for `"majority"`, by default one each. The other
+                combinations have no use for them, and warn if they differ.
             adapter_name (`str`): name of the new adapter.
             combination_type (`str`): `"union"` (what any keeps), `"intersection"` (what all keep) or `"majority"` (what
                 more than half of the votes keep).
