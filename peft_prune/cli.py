@@ -11,10 +11,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
+from . import __version__
 from .masks.codec import MaskFormatError
 
 
 _EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
+_DIFF_HELP = (
+    ". The overlap is intersection over union: what both keep, of what either keeps. both_if_unrelated is "
+    "what both would keep by chance."
+)
+_CARD_HELP = (
+    ". Only the block between <!-- peft_prune:begin --> and <!-- peft_prune:end --> is replaced; it is added to a "
+    "README.md without one, and text that you wrote stays."
+)
 Answer = tuple[dict[str, Any], Callable[[], None]]
 
 
@@ -43,17 +52,20 @@ def _fail(args: argparse.Namespace, code: int, error: Exception) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-prune", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Callable[[argparse.Namespace], Answer], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, function: Callable[[argparse.Namespace], Answer], text: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text}{more}")
         sub.add_argument("--json", action="store_true", help="print JSON")
         sub.set_defaults(function=function)
         return sub
 
     sub = command("inspect", _inspect, "density by kind, bytes against entropy, base model")
     sub.add_argument("adapter", metavar="DIR", help="folder or Hub id of a final adapter")
-    sub = command("diff", _diff, "overlap of two masks")
+    sub = command("diff", _diff, "overlap of two masks", _DIFF_HELP)
     sub.add_argument("adapter", metavar="A")
     sub.add_argument("other", metavar="B")
     sub = command("verify", _verify, "check every mask, and that it was made for this base model")
@@ -64,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
     sub.add_argument("--to", choices=["dense", "compact", "onnx"], default="dense", help=_EXPORT_HELP)
     sub.add_argument("--output", required=True, help="folder to write")
-    sub = command("card", _card, "write README.md with density table, picture and results")
+    sub = command("card", _card, "put density table, picture and results into README.md", _CARD_HELP)
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--evaluation", nargs="*", default=[], metavar="NAME=VALUE", help="such as accuracy=0.847")
     sub.add_argument("--dataset", help="Hub id of the data set of the evaluation")
@@ -148,9 +160,16 @@ def _diff(args: argparse.Namespace) -> Answer:
     def show() -> None:
         for key in ("identical", "overlap", "both", "both_if_unrelated", "only_a", "only_b", "not_in_b", "not_in_a"):
             value = answer[key]
-            print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+            if key == "overlap":
+                value = f"{value:.4f} (intersection over union: both / (both + only_a + only_b))"
+            print(f"{key:18} {_shortened(value) if isinstance(value, list) else value}")
 
     return answer, show
+
+
+def _shortened(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"
 
 
 def _verify(args: argparse.Namespace) -> Answer:

@@ -124,6 +124,8 @@ class PruningConfig(PeftConfig):
     value_dtype: ClassVar[str] = "float32"
     # where scores come from: "low_rank" if they are held as factors
     score: ClassVar[Optional[str]] = "movement"
+    # sparsity of a training checkpoint, for its README.md: known once a model has been saved, and no part of the file
+    sparsity_when_saved: ClassVar[Optional[float]] = None
     from_existing_zeros: ClassVar[bool] = False
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})

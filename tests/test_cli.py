@@ -1,18 +1,20 @@
 """The `peft-prune` command on adapters that were saved, and on what is none."""
 
+import importlib.util
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert
+from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from test_layer import prune, randomize_scores
 from test_save_load import DAMAGE, final_adapter
 from transformers import AutoModelForSequenceClassification
 
+import peft_prune
 from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
 from peft_prune.cli import main
 from peft_prune.tuners.layer import pruning_layers
@@ -69,6 +71,23 @@ def test_diff(saved, capsys):
     assert not answer["identical"] and "overlap" in run(capsys, "diff", folder / "adapter", folder / "other").out
 
 
+def test_diff_shortens_names_and_says_what_overlap_is(saved, capsys):
+    folder, _ = saved
+    final_adapter(folder / "few", target_modules=["query"])
+    arguments = ("diff", folder / "adapter", folder / "few")
+    missing = run(capsys, *arguments, "--json")["not_in_b"]
+    assert len(missing) == 10
+    text = run(capsys, *arguments).out
+    assert all(name in text for name in missing[:3]) and missing[3] not in text and "and 7 more" in text
+    assert "intersection over union" in text and "not_in_a           none" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"peft-prune {peft_prune.__version__}\n"
+
+
 def test_verify(saved, capsys):
     folder, _ = saved
     assert run(capsys, "verify", folder / "adapter", "--json") == {
@@ -112,6 +131,36 @@ def test_export_dense(saved, capsys, batch):
     assert torch.equal(logits(exported, batch), expected)
     weights = exported.bert.encoder.layer[0].intermediate.dense.weight
     assert 0.7 < (weights == 0).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("to", ["dense", "compact", "onnx"])
+def test_export_refuses_a_head_that_is_stored_nowhere(tmp_path, capsys, to):
+    make_masked_lm().save_pretrained(tmp_path / "base")  # an encoder, whose classifier is new
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    final_adapter(tmp_path / "adapter", make=lambda: base)
+    arguments = ("export", tmp_path / "adapter", "--to", to, "--output", tmp_path / "out")
+    error = run(capsys, *arguments, code=2).err
+    assert "'classifier.bias', 'classifier.weight'" in error and "modules_to_save" in error
+    assert "task_type='SEQ_CLS'" in error and not (tmp_path / "out").exists()
+
+
+def test_export_takes_a_head_from_modules_to_save(tmp_path, capsys, batch):
+    make_masked_lm().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    modules = ["classifier", "pooler"]  # new as well: a masked language model has none
+    model = final_adapter(tmp_path / "adapter", make=lambda: base, modules_to_save=modules)
+    run(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(exported, batch), logits(model, batch))
+
+
+def test_export_to_onnx_without_the_package_is_told_at_once(saved, capsys, monkeypatch):
+    folder, _ = saved
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnx" else find_spec(name, *a))
+    monkeypatch.setattr("peft_prune.report.export.load_with_base", lambda *a: pytest.fail("work was done"))
+    error = run(capsys, "export", folder / "adapter", "--to", "onnx", "--output", folder / "onnx", code=2).err
+    assert "pip install" in error and "onnx" in error and not (folder / "onnx").exists()
 
 
 def test_export_compact(tmp_path, capsys, batch):
@@ -159,6 +208,56 @@ def test_card(saved, capsys):
     for part in ("import peft_prune", "attention.self.query", "density.png", "accuracy: 0.847"):
         assert card.text.count(part) >= 1
     assert os.path.getsize(folder / "adapter" / "density.png") > 5000
+
+
+def test_card_keeps_what_a_person_wrote(saved, capsys):
+    folder, _ = saved
+    readme = folder / "adapter" / "README.md"
+    run(capsys, "card", folder / "adapter")  # over PEFT's empty template
+    assert "[More Information Needed]" not in readme.read_text()
+    own = readme.read_text() + "\n## Licence\n\nAsk [me](mailto:me).\n"
+    readme.write_text(own.replace("# A mask adapter", "# Our film critic"))
+    run(capsys, "card", folder / "adapter", "--evaluation", "accuracy=0.847")
+    run(capsys, "card", folder / "adapter", "--evaluation", "accuracy=0.9")
+    text = readme.read_text()
+    assert "# Our film critic" in text and "Ask [me](mailto:me)." in text
+    assert "accuracy: 0.9" in text and "0.847" not in text and text.count("density.png") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "# Mine\n\nTrained on a boat.\n",
+        "# Mine\n\n## How to Get Started with the Model\n\nLoad it.\n\n## Trained\n\nOn a boat.\n",
+        "<!-- peft_prune:begin -->\n\nThe end of the block was deleted here.\n",
+        "The block stands between `<!-- peft_prune:begin -->` and `<!-- peft_prune:end -->`.\n",
+    ],
+)
+def test_card_is_added_to_a_readme_without_a_block(saved, capsys, words):
+    folder, _ = saved
+    readme = folder / "adapter" / "README.md"
+    readme.write_text(f"---\nlicense: mit\n---\n{words}")
+    for _ in range(2):
+        run(capsys, "card", folder / "adapter")
+        card = ModelCard.load(readme)
+        lines = [line for line in card.text.splitlines() if line]
+        assert [line for line in words.splitlines() if line and line not in lines] == []
+        assert card.data.license == "mit" and card.text.count("import peft_prune") == 1
+
+
+def test_card_keeps_results_of_other_data(saved, capsys):
+    folder, _ = saved
+    for value, dataset in (("0.8", "a"), ("0.7", "b"), ("0.9", "a")):
+        run(capsys, "card", folder / "adapter", "--evaluation", f"accuracy={value}", "--dataset", dataset)
+    results = ModelCard.load(folder / "adapter" / "README.md").data.eval_results
+    assert {r.dataset_name: r.metric_value for r in results} == {"a": 0.9, "b": 0.7}
+
+
+def test_saving_again_keeps_the_table_of_the_card(saved, capsys):
+    folder, model = saved
+    run(capsys, "card", folder / "adapter")
+    model.save_pretrained(folder / "adapter")
+    assert "density.png" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_command_is_installed():

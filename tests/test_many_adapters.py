@@ -1,5 +1,6 @@
 """Many masks on one backbone: what they cost, switching, mixed batches, combinations."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,18 @@ def test_combinations(tmp_path, batch, how, weights, rule):
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     loaded = PeftModel.from_pretrained(make_bert(), tmp_path / "new")
     assert torch.equal(logits(loaded, batch), expected)
+
+
+@pytest.mark.parametrize("how", ["union", "intersection", "majority"])
+@pytest.mark.parametrize("weights", [[0.9, 0.1], [0.5, 0.5], None])
+def test_weights_that_are_not_used_are_told(how, weights):
+    model = with_masks(make_bert(), ["a", "b"])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model.add_weighted_adapter(["a", "b"], weights, "new", combination_type=how)
+    told = [str(w.message) for w in warned if "have no effect" in str(w.message)]
+    assert len(told) == (how != "majority" and weights == [0.9, 0.1])
+    assert all('combination_type="majority"' in text and "[0.9, 0.1]" in text for text in told)
 
 
 BAD = [

@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from test_shrink import logits
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, model_size
+from peft_prune.structure import activations
 from peft_prune.structure.activations import TokenReservoir, collect_inputs
 from peft_prune.structure.clustering import column_similarity, head_similarity
 from peft_prune.structure.sites import HEADS, find_sites
@@ -315,6 +316,21 @@ def test_bad_fields_are_told(fields, message):
         PPruningConfig(**fields)
 
 
+@pytest.mark.parametrize(("stream", "most", "total"), [(False, 3000, 16), (False, 6, 6), (True, 3000, 3000)])
+def test_progress_counts_to_the_examples_that_there_are(monkeypatch, stream, most, total):
+    bars = []
+
+    class Bar(activations.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(activations, "tqdm", Bar)
+    model = get_peft_model(make("bert"), PPruningConfig(num_samples=most, num_tokens=40))
+    calibrate(model, iter(batches()) if stream else batches())  # four batches of four
+    assert [bar.total for bar in bars] == [total]
+
+
 def test_misuse_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"'attention.self.query'|not where heads or neurons end"):
         get_peft_model(make_bert(), PPruningConfig(target_modules=["query"]))
@@ -332,12 +348,23 @@ def test_misuse_is_told(tmp_path):
         calibrate(model, DataLoader(torch.arange(6).view(3, 2)))
     with pytest.raises(ValueError, match=r"takes none that is a tensor.*"):
         calibrate(model, [{"text": ["good"]}])
-    with pytest.raises(ValueError, match="adapter_name='else'"):
+    for batch in (inputs("bert"), BatchEncoding(inputs("bert"))):
+        with pytest.raises(ValueError, match=r"single batch.*input_ids.*calibrate\(model, \[batch\]\)"):
+            calibrate(model, batch)
+    with pytest.raises(ValueError, match=r"adapter_name='else' is no P-pruning adapter.*\['default'\]"):
         calibrate(model, batches(), adapter_name="else")
     with pytest.raises(ValueError, match=r"keep_ratio=0.001 cannot be reached"):
         calibrate(get_peft_model(make_gpt2(), PPruningConfig(keep_ratio=0.001, criterion="random")))
     calibrate(model, batches())
-    with pytest.raises(ValueError, match="it is done"):
+    with pytest.raises(ValueError, match=r"\['default'\] is calibrated already"):
+        calibrate(model, batches())
+    with pytest.raises(ValueError, match="'default' is calibrated already"):
+        calibrate(model, batches(), adapter_name="default")
+    with pytest.raises(ValueError, match=r"no P-pruning adapter\. Add one"):
+        calibrate(make_bert(), batches())
+    for name in ("b", "c"):
+        model.add_adapter(name, PPruningConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"several adapters wait.*'b', 'c'.*adapter_name"):
         calibrate(model, batches())
     with pytest.raises(ValueError, match="final already"):
         peft_prune.update_schedule(model, 0, 10)

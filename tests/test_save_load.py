@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_layer import prune, randomize_scores
 
-from peft_prune import MaskFormatError, SMPConfig, finalize, update_schedule
+from peft_prune import MaskFormatError, MovementPruningConfig, SMPConfig, finalize, update_schedule
 from peft_prune.tuners.layer import pruning_layers
 
 
@@ -257,6 +257,32 @@ def test_adapter_readme_says_to_import(tmp_path):
     SMPConfig().save_pretrained(project / "adapter")
     SMPConfig().save_pretrained(project)
     assert (project / "README.md").read_text() == "# Not an adapter\n"
+
+
+def test_readme_of_a_checkpoint_says_that_it_is_one(tmp_path):
+    model = get_peft_model(make_bert(), SMPConfig(sparsity=0.9, granularity="weight"))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "training checkpoint" in card and "sparsity was 0%" in card and "target is a sparsity of 90%" in card
+    update_schedule(model, 5, 10)
+    reached = 1 - sum(int(m.get_mask("default").sum()) for m in pruning_layers(model)) / BERT_TARGET_WEIGHTS
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert 0 < reached < 0.9 and f"sparsity was {100 * reached:.3g}%" in card and "was 0%" not in card
+    with pytest.warns(UserWarning, match="finalized at sparsity"):
+        finalize(model)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"prunes the base model to a sparsity of {100 * reached:.3g}%" in card and "training checkpoint" not in card
+    assert card.count("import peft_prune") == 1
+
+
+def test_readme_of_a_checkpoint_that_finds_its_sparsity_names_no_target(tmp_path):
+    config = MovementPruningConfig(variant="soft")
+    assert config.finds_sparsity
+    get_peft_model(make_bert(), config).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "training checkpoint" in card and "comes out of training" in card and "target is" not in card
 
 
 def test_masked_lm_adapter(tmp_path, batch):

@@ -1,5 +1,7 @@
 """Taking heads and neurons out leaves what the model computes alone."""
 
+import warnings
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, GENERATE, inputs, make, zero_units
@@ -125,6 +127,22 @@ def test_mask_adapter_of_another_method_shrinks_when_asked():
     smaller = model.merge_and_unload(shrink=True)
     assert find_sites(smaller)[0].units == 3
     torch.testing.assert_close(logits(smaller, batch), masked, atol=1e-6, rtol=1e-5)
+
+
+def test_a_mask_that_leaves_nothing_to_take_out_is_told():
+    def masked(shrink):
+        model = get_peft_model(make_bert(), SMPConfig(sparsity=0.5, total_steps=1))
+        peft_prune.update_schedule(model, 1)
+        peft_prune.finalize(model)
+        return model.merge_and_unload(shrink=shrink)
+
+    with pytest.warns(UserWarning, match=r"took nothing out.*granularity='head'.*PPruningConfig") as warned:
+        masked(True), masked(True)
+    assert len([w for w in warned if "took nothing out" in str(w.message)]) == 1
+    with warnings.catch_warnings(record=True) as silent:
+        warnings.simplefilter("always")
+        masked(None), masked(False)
+    assert not [w for w in silent if "took nothing out" in str(w.message)]
 
 
 def test_unknown_architecture_says_how_to_describe_it():

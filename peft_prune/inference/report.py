@@ -36,7 +36,7 @@ class SparseReport(list[LayerForm]):
         return ", ".join(f"{form}: {n}" for form, n in sorted(counts.items())) or "no linear layers"
 
     def table(self) -> Table:
-        """A `rich` table; needs `pip install peft_prune[report]`."""
+        """A `rich` table; needs `pip install 'peft_prune[report]'`."""
         from rich.table import Table
 
         table = Table(title="Forms of linear layers")

@@ -8,7 +8,7 @@ from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..model_card import loading_instructions
+from ..model_card import HEADING, is_as_saved, loading_instructions, put_block
 from .adapter_file import AdapterFile, read_adapter
 from .plots import density_figure
 from .summary import by_kind
@@ -30,7 +30,9 @@ def write_model_card(
 ) -> str:
     """Write README.md and a picture of the density into an adapter's folder.
 
-    Metadata that PEFT or you have put into an existing README.md is kept; its text is replaced.
+    Only what stands between `<!-- peft_prune:begin -->` and `<!-- peft_prune:end -->` is replaced, and a README.md that
+    is still PEFT's empty template. In any other the rest of the text stays, and the metadata; without such comments
+    the block is added.
 
     Args:
         folder (`str`): an adapter saved by `save_pretrained`.
@@ -42,7 +44,10 @@ def write_model_card(
     """
     adapter = read_adapter(folder)
     path = Path(folder) / "README.md"
-    data = ModelCard.load(path).data if path.exists() else ModelCardData()
+    data, text = ModelCardData(), ""
+    if path.exists():
+        old = ModelCard.load(path)
+        data, text = old.data, old.text
     config = adapter.config
     data.library_name = "peft"
     data.tags = sorted({*(data.tags or []), "peft_prune", "pruning"})
@@ -50,7 +55,7 @@ def write_model_card(
         data.base_model = config.base_model_name_or_path
     if evaluation:
         data.model_name = data.model_name or Path(folder).resolve().name
-        data.eval_results = [
+        new = [
             EvalResult(
                 task_type="text-classification" if config.task_type == "SEQ_CLS" else "other",
                 dataset_type=dataset or "unknown",
@@ -60,16 +65,20 @@ def write_model_card(
             )
             for name, value in evaluation.items()
         ]
+        measured = {(result.dataset_name, result.metric_type) for result in new}
+        others = [r for r in data.eval_results or [] if (r.dataset_name, r.metric_type) not in measured]
+        data.eval_results = others + new
+    if is_as_saved(text):
+        text = f"# A mask adapter\n\n{HEADING}\n"
+    text = put_block(text, _block(adapter, evaluation, dataset)).lstrip("\n")
     density_figure(adapter.rows).savefig(path.parent / PICTURE, dpi=150)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(adapter, evaluation, dataset)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
     card.save(path)
     return str(path)
 
 
-def _text(adapter: AdapterFile, evaluation: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
+def _block(adapter: AdapterFile, evaluation: Optional[Mapping[str, float]], dataset: Optional[str]) -> str:
     parts = [
-        "# A mask adapter\n",
-        "## How to Get Started with the Model\n",
         loading_instructions(adapter.config),
         "## What it keeps\n",
         density_markdown(adapter) + "\n",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any, Optional, cast
 
@@ -24,12 +24,15 @@ _CLASSES = {
 }
 
 
-def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> PeftModel:
+def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> tuple[PeftModel, list[str]]:
     """Load the base model that an adapter was made for, and the adapter on it.
 
     Args:
         adapter ([`AdapterFile`]): the adapter.
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
+
+    Returns:
+        `tuple[PeftModel, list[str]]`: the model, and names of parameters that are stored nowhere and so are random.
 
     Raises:
         ValueError: the base model, or its class, is not known.
@@ -48,7 +51,17 @@ def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> PeftMode
         raise ValueError("The adapter's config has neither task_type nor auto_mapping, so its model class is unknown.")
     labels = _number_of_labels(adapter)
     kwargs = {"num_labels": labels} if labels else {}
-    return PeftModel.from_pretrained(model_class.from_pretrained(source, **kwargs), adapter.source)
+    model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    return PeftModel.from_pretrained(model, adapter.source), _not_stored(loading, adapter)
+
+
+def _not_stored(loading: dict[str, Any], adapter: AdapterFile) -> list[str]:
+    """Parameters that neither base nor adapter has, so that chance has filled them."""
+    new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    stored = {key.removeprefix("base_model.model.") for key in adapter.others} | {
+        f"{name}.weight" for name in adapter.values
+    }
+    return sorted(key for key in new if key not in stored)
 
 
 def _number_of_labels(adapter: AdapterFile) -> Optional[int]:
@@ -71,12 +84,25 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
 
     Returns:
         `str`: what was written.
+
+    Raises:
+        ValueError: the model is not whole, such as without a trained head, or cannot be made smaller.
+        ImportError: a package that the export needs is not installed.
     """
+    if to == "onnx" and importlib.util.find_spec("onnx") is None:  # told before any work
+        raise ImportError("--to onnx needs the package onnx, which is not installed: pip install 'peft_prune[onnx]'")
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
     # an ONNX file needs no anatomy: it is made smaller if the method removes heads and neurons, and not otherwise
     shrink = {"dense": False, "compact": True}.get(to)
-    model = cast(Any, load_with_base(adapter, base)).merge_and_unload(safe_merge=True, shrink=shrink).eval()
+    loaded, random = load_with_base(adapter, base)
+    if random:
+        raise ValueError(
+            f"Neither the base model nor the adapter stores {', '.join(map(repr, random))}, so the export would hold "
+            "random numbers there. Train with task_type='SEQ_CLS' (or that of your task), which saves the classifier, "
+            "or name these modules in modules_to_save, so that the adapter holds them."
+        )
+    model = cast(Any, loaded).merge_and_unload(safe_merge=True, shrink=shrink).eval()
     if to == "compact" and not getattr(model.config, FIELD, None):
         raise ValueError(
             "No head and no neuron of this model is without weights, so it cannot be made smaller. Use --to dense."

@@ -126,6 +126,8 @@ def collect_inputs(
                     recorders[name].start(*offer)  # type: ignore[misc]
                 model(**inputs)
                 examples = len(next(iter(inputs.values())))
+                if not seen:
+                    bar.total = _examples_ahead(dataloader, examples, num_samples)
                 seen += examples
                 bar.update(examples)
                 if seen >= num_samples:
@@ -145,6 +147,14 @@ def collect_inputs(
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"calibrate: the input of {name!r} is not finite. The base model seems to be broken.")
     return inputs_of
+
+
+def _examples_ahead(dataloader: Iterable[Any], batch_size: int, most: int) -> int:
+    """Examples that the progress bar counts to; a last batch may be smaller."""
+    try:
+        return min(most, len(dataloader) * batch_size)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return most
 
 
 @contextmanager

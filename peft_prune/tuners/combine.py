@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional, cast
 
@@ -41,6 +42,13 @@ def add_combined_adapter(
 ) -> None:
     """What [`PruningModel.add_weighted_adapter`] does to a tuner, and raises."""
     votes = _check_combination(model, adapters, weights, adapter_name, combination_type)
+    if combination_type != "majority" and len(set(votes)) > 1:
+        warnings.warn(
+            f"weights={weights!r} have no effect with combination_type={combination_type!r}, where every mask counts "
+            'the same. Use combination_type="majority" to weigh the masks, or leave weights out.',
+            UserWarning,
+            stacklevel=3,
+        )
     config = cast(PruningConfig, copy.deepcopy(model.peft_config[adapters[0]]))
     info, stored = {}, {}
     for layer in pruning_layers(model, adapters[0]):

@@ -27,10 +27,17 @@ from .load_checks import check_base_weights, check_has_zeros, check_stored_state
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, refuse
-from .schedule import update_schedule
+from .schedule import sparsity, update_schedule
 from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
 from .watch import warn_once
+
+
+_NOTHING_TO_SHRINK = (
+    "merge_and_unload(shrink=True) took nothing out: each head and neuron still has weights left, as masks "
+    "of single weights nearly always leave them. The model keeps its size. To remove whole heads and neurons, "
+    "prune with granularity='head', 'column' or 'row', or by P-pruning (PPruningConfig)."
+)
 
 
 class PruningModel(BaseTuner):
@@ -185,6 +192,8 @@ class PruningModel(BaseTuner):
                 f"Adapter {adapter_name!r} is saved with its scores, not with masks, so that training can go on. "
                 "Call peft_prune.finalize(model) first to save masks of 1 bit a weight.",
             )
+        trained = [layer for layer in pruning_layers(model, adapter_name) if adapter_name in layer.progress]
+        config.sparsity_when_saved = sparsity(trained, adapter_name) if trained else None
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return without_shards(found, cls.prefix) if config.finalized else found
 
@@ -214,19 +223,24 @@ class PruningModel(BaseTuner):
             safe_merge (`bool`): check first that the weights are finite.
             adapter_names (`list[str]`, *optional*): adapters to merge, by default the active ones.
             shrink (`bool`, *optional*): whether to take heads and neurons out whose weights are all zero, see
-                [`peft_prune.shrink`]. By default if the method removes whole heads or neurons.
+                [`peft_prune.shrink`]. By default if the method removes whole heads or neurons. It warns if asked
+                for where there are none.
 
         Raises:
             ValueError: `shrink=True`, and where heads and neurons live is not known for this architecture.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
+        asked = bool(shrink)
         if shrink is None:
             shrink = any(cast(PruningConfig, self.peft_config[name]).structured for name in names)
             shrink = shrink and self._has_anatomy()
-        if shrink:
-            find_sites(self.model)  # tells an unknown architecture before anything is merged
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        return shrink_model(model) if shrink else model
+        if not shrink:
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        units = sum(site.units for site in find_sites(self.model))  # tells what it does not know before it merges
+        model = shrink_model(super().merge_and_unload(progressbar, safe_merge, adapter_names))
+        if asked and sum(site.units for site in find_sites(model)) == units:
+            warn_once("nothing to shrink", _NOTHING_TO_SHRINK)
+        return model
 
     def _has_anatomy(self) -> bool:
         try:
@@ -274,7 +288,8 @@ class PruningModel(BaseTuner):
 
         Args:
             adapters (`list[str]`): adapters with final masks, two at least.
-            weights (`list[float]`, *optional*): votes of each adapter for `"majority"`, by default one each.
+            weights (`list[float]`, *optional*): votes of each adapter for `"majority"`, by default one each. The other
+                combinations have no use for them, and warn if they differ.
             adapter_name (`str`): name of the new adapter.
             combination_type (`str`): `"union"` (what any keeps), `"intersection"` (what all keep) or `"majority"` (what
                 more than half of the votes keep).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional, cast
 
 import torch
@@ -39,12 +39,18 @@ def calibrate(
         `dict[str, float]`: shares that stay: `flops`, `heads` and `neurons`.
 
     Raises:
-        ValueError: no adapter waits for calibration, there is no data, or the budget cannot be met.
+        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, or the budget
+            cannot be met.
     """
     name, layers = _uncalibrated(model, adapter_name)
     config = cast(PPruningConfig, layers[0].pruning_config[name])
     if any(layer.merged for layer in layers):
         raise ValueError("calibrate: adapters are merged. Call model.unmerge_adapter() first.")
+    if isinstance(dataloader, Mapping):  # iterated, it gives the names of its entries
+        raise ValueError(
+            f"calibrate: dataloader is a single batch with the entries {list(dataloader)}. Pass a list of batches: "
+            "calibrate(model, [batch])."
+        )
     if config.criterion == "similarity" and dataloader is None:
         raise ValueError(
             "calibrate(model, dataloader): criterion='similarity' needs a dataloader of the task's inputs."
@@ -65,17 +71,34 @@ def calibrate(
 
 def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:
     waiting: dict[str, list[PruningLayer]] = {}
+    done: set[str] = set()
     for layer in pruning_layers(model):
         for name, config in layer.pruning_config.items():
-            if isinstance(config, PPruningConfig) and not config.finalized:
-                waiting.setdefault(name, []).append(layer)
-    names = [adapter_name] if adapter_name is not None else list(waiting)
-    if len(names) != 1 or names[0] not in waiting:
-        raise ValueError(
-            f"calibrate: adapter_name={adapter_name!r}, but the P-pruning adapters that wait for calibration are "
-            f"{list(waiting)}. " + ("Name one of them." if waiting else "Add one with get_peft_model, or it is done.")
+            if isinstance(config, PPruningConfig):
+                if config.finalized:
+                    done.add(name)
+                else:
+                    waiting.setdefault(name, []).append(layer)
+    if adapter_name is None and len(waiting) == 1:
+        adapter_name = next(iter(waiting))
+    if adapter_name not in waiting:
+        raise ValueError(_why_none(adapter_name, list(waiting), sorted(done)))
+    return adapter_name, waiting[adapter_name]
+
+
+def _why_none(asked: Optional[str], waiting: list[str], done: list[str]) -> str:
+    if asked in done:
+        return f"calibrate: adapter {asked!r} is calibrated already. To choose anew, add another P-pruning adapter."
+    if not (waiting or done):
+        return (
+            "calibrate: this model has no P-pruning adapter. Add one: get_peft_model(model, "
+            "PPruningConfig(keep_ratio=0.5))."
         )
-    return names[0], waiting[names[0]]
+    if asked is not None:
+        return f"calibrate: adapter_name={asked!r} is no P-pruning adapter of this model. It has {waiting + done}."
+    if waiting:
+        return f"calibrate: several adapters wait for calibration, {waiting}. Say which one by adapter_name."
+    return f"calibrate: {done} is calibrated already. To choose anew, add another P-pruning adapter."
 
 
 def _collect(
