@@ -366,7 +366,7 @@ def test_misuse_is_told(tmp_path):
         model.add_adapter(name, PPruningConfig(task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match=r"several adapters wait.*'b', 'c'.*adapter_name"):
         calibrate(model, batches())
-    with pytest.raises(ValueError, match="final already"):
+    with pytest.raises(ValueError, match="not trained. Calibrate them"):
         peft_prune.update_schedule(model, 0, 10)
 
 
