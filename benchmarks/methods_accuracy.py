@@ -235,6 +235,8 @@ def grouped(path: Path) -> dict[tuple, list[dict]]:
     """Runs of all seeds of a cell, by task, method, distillation and the density that was asked for."""
     groups: dict[tuple, list[dict]] = {}
     for row in read(path):
+        if row["steps"] != STEPS[row["task"]]:
+            continue  # a longer training, which the table does not compare
         groups.setdefault((row["task"], row["method"], row["teacher"], row["asked"]), []).append(row)
     return groups
 
