@@ -65,6 +65,11 @@ def test_the_same_mask_on_real_shapes(as_on_an_accelerator, monkeypatch, dtype):
                 assert torch.equal(found, topk_mask(scores, k))
 
 
+def test_scores_that_differ_in_float64_only(as_on_an_accelerator):
+    scores = 1 + torch.arange(64, dtype=torch.float64).flip(0) * 1e-15
+    assert topk_mask(scores, torch.tensor(10)).nonzero().squeeze(1).tolist() == list(range(10))
+
+
 def test_selection_is_one_graph(as_on_an_accelerator):
     torch.manual_seed(0)
     scores, k = torch.randn(60, 70), torch.tensor(1000)

@@ -342,7 +342,7 @@ def test_wrong_use_is_told(tmp_path):
     model = smp_bert()
     with pytest.raises(ValueError, match="total_steps=None.*Set `total_steps`"):
         update_schedule(model, 1)
-    with pytest.raises(ValueError, match="step=11 must lie between 0 and total_steps=10"):
+    with pytest.raises(ValueError, match="step=11 must be a whole number and lie between 0 and total_steps=10"):
         update_schedule(model, 11, 10)
     with pytest.raises(ValueError, match="contains no pruning adapter"):
         update_schedule(nn.Linear(2, 2), 1, 10)
@@ -447,3 +447,19 @@ def test_the_logged_learning_rate_is_the_one_that_was_given(tmp_path):
     trainer = PruningTrainer(model=model, args=args, train_dataset=data())
     trainer.train()
     assert {row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row} == {1e-3}
+
+
+@pytest.mark.parametrize(("step", "total", "message"), [(1.5, 10, "step=1.5 must be"), (1, "10", "total_steps='10'")])
+def test_steps_that_are_no_whole_numbers_are_told(step, total, message):
+    with pytest.raises(ValueError, match=message):
+        update_schedule(smp_bert(), step, total)
+
+
+def test_a_final_adapter_that_is_not_in_every_layer_is_told():
+    model = smp_bert()
+    model.add_adapter("queries", SMPConfig(task_type="SEQ_CLS", target_modules=["query"], sparsity=0.5))
+    model.set_adapter("queries")
+    update_schedule(model, 10, 10)
+    finalize(model)
+    with pytest.raises(ValueError, match="masks are final already"):
+        update_schedule(model, 10, 10)

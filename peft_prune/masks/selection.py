@@ -49,7 +49,8 @@ def tie_order(indices: torch.Tensor) -> torch.Tensor:
 def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
     """Mask of the `k` largest scores, ties broken by [`tie_order`].
 
-    On an accelerator nothing is read back: scores that hold NaN are not noticed there before [`check_ranked`].
+    On an accelerator nothing is read back, unless scores are float64: those that hold NaN are not noticed there before
+    [`check_ranked`].
 
     Args:
         scores (`torch.Tensor`): floating point, any shape.
@@ -70,15 +71,15 @@ def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
         if k in (0, n):
             return torch.full_like(scores, k == n, dtype=torch.bool)
     flat = scores.detach().reshape(-1)
-    if not on_cpu(flat):
+    if not on_cpu(flat) and flat.dtype != torch.float64:  # which has more digits than are counted
         wanted = k if isinstance(k, torch.Tensor) else torch.full((), k, dtype=torch.int64, device=flat.device)
         ranks = tie_order(torch.arange(n, device=flat.device))
         return _on_device(flat, wanted, ranks).view(scores.shape)
-    mask, tied, missing = _select_on_cpu(flat, int(k))
+    mask, tied, missing = _select_on_cpu(flat.cpu(), int(k))
     if tied is not None:
         positions = tied.nonzero().squeeze(1)
         mask[positions[tie_order(positions).argsort()[:missing]]] = True
-    return mask.view(scores.shape)
+    return mask.view(scores.shape).to(scores.device)
 
 
 def _select_on_cpu(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, Optional[torch.Tensor], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -117,13 +117,9 @@ def collect_inputs(
             for batch in dataloader:
                 inputs = _model_inputs(model, batch, device)
                 counts = (_real_tokens(model, inputs), _decoder_tokens(model, inputs))
-                offers = [
-                    None if c is None else (*reservoir.offer(c.cpu()), c.numel())
-                    for reservoir, c in zip(reservoirs, counts, strict=True)
-                ]
+                offers = _offers(reservoirs, counts)
                 for name, (_, decoder) in modules.items():
-                    offer = offers[1] if decoder and offers[1] is not None else offers[0]
-                    recorders[name].start(*offer)  # type: ignore[misc]
+                    recorders[name].start(*offers[decoder])
                 model(**inputs)
                 examples = len(next(iter(inputs.values())))
                 if not seen:
@@ -147,6 +143,21 @@ def collect_inputs(
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"calibrate: the input of {name!r} is not finite. The base model seems to be broken.")
     return inputs_of
+
+
+def _offers(
+    reservoirs: Sequence[TokenReservoir], counts: Sequence[Optional[torch.Tensor]]
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """What a batch gives to the samples of encoder and decoder: positions, slots, and number of tokens.
+
+    A model without a decoder of its own gives to both what it has.
+    """
+    first, *others = [
+        None if c is None else (*reservoir.offer(c.cpu()), c.numel())
+        for reservoir, c in zip(reservoirs, counts, strict=True)
+    ]
+    assert first is not None
+    return [first, *(first if other is None else other for other in others)]
 
 
 def _examples_ahead(dataloader: Iterable[Any], batch_size: int, most: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Optional
 
 import torch
@@ -39,8 +40,8 @@ def why_nothing_trains(model: nn.Module) -> str:
             "the model contains no pruning adapter. Wrap the base model first: get_peft_model(base_model, "
             "SMPConfig(...))."
         )
-    configs = [layer.pruning_config[name] for layer in layers for name in layer.active_adapters]
-    if not any(config.trains for config in configs):
+    active = [(layer.pruning_config, name) for layer in layers for name in layer.active_adapters]
+    if not any(configs[name].trains for configs, name in active if name in configs):
         return (
             "the masks of this method are not trained. Calibrate them, call model.merge_and_unload(), and train what "
             "it returns like any model."
@@ -95,13 +96,13 @@ def _update_adapter(
 ) -> dict[str, float]:
     config = layers[0].pruning_config[name]
     total = total_steps if total_steps is not None else config.total_steps
-    if total is None or total < 1:
+    if not isinstance(total, Integral) or total < 1:
         raise ValueError(
             f"total_steps={total!r}: update_schedule has to know how long training is. Set `total_steps` in the "
             "config, or pass update_schedule(model, step, total_steps)."
         )
-    if not 0 <= step <= total:
-        raise ValueError(f"step={step!r} must lie between 0 and total_steps={total}.")
+    if not isinstance(step, Integral) or not 0 <= step <= total:
+        raise ValueError(f"step={step!r} must be a whole number and lie between 0 and total_steps={total}.")
     merged = [layer.module_name for layer in layers if layer.merged] if config.needs_weights else []
     if merged:
         raise ValueError(
