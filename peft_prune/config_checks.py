@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from .masks.allocation import ALLOCATIONS
@@ -17,6 +18,16 @@ def check_number(name: str, value: Any, low: float, high: float, fix: str, open_
     if bad or not low <= value <= high or (open_high and value == high):
         end = ")" if open_high else "]"
         raise ValueError(f"{name}={value!r} must be a number in [{low:g}, {high:g}{end}. {fix}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `ValueError` if a field is neither `True` nor `False`: a text such as "no" would count as `True`."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -75,19 +86,20 @@ def check_schedule(config: Any) -> None:
             f"schedule_end={config.schedule_end!r} must come after schedule_start={config.schedule_start!r}; for a "
             "sudden change use sparsity_schedule='constant'."
         )
-    if config.total_steps is not None and (not isinstance(config.total_steps, int) or config.total_steps < 1):
+    if config.total_steps is not None and (not _is_whole(config.total_steps) or config.total_steps < 1):
         raise ValueError(f"total_steps={config.total_steps!r} must be a positive number of optimizer steps.")
 
 
 def check_training(config: Any) -> None:
     """Scores, penalty, masks."""
+    check_flag("init_weights", config.init_weights)
     if isinstance(config.score_init, bool) or not isinstance(config.score_init, (int, float)):
         check_choice("score_init", config.score_init, SCORE_INITS)
     check_number("penalty", config.penalty, 0.0, 1e9, "Use 0 for no penalty.")
     check_number("score_lr", config.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
     for name in ("score_rank", "mask_interval"):
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
     if config.score == "low_rank" and config.score_init == "random":
         raise ValueError(
@@ -98,6 +110,8 @@ def check_training(config: Any) -> None:
 
 def check_stored_form(config: Any) -> None:
     """What a file says of its masks."""
+    check_flag("finalized", config.finalized)
+    check_flag("check_base", config.check_base)
     if config.mask_format not in READABLE:
         raise ValueError(
             f"mask_format={config.mask_format!r} is not known to this version of peft_prune, which reads "

@@ -386,6 +386,7 @@ def test_presets_are_the_papers():
         assert (config.score, config.mask, config.penalty, config.score_init, config.score_lr) == fields
     assert MovementPruningConfig(variant="soft", penalty=10.0).penalty == 10.0
     assert MovementPruningConfig(score="magnitude").learns_scores is False
+    assert MovementPruningConfig(variant="soft", from_existing_zeros=True).penalty == 0.0
 
 
 BAD = [
@@ -403,6 +404,9 @@ BAD = [
     ({"min_density": -0.1}, "min_density=-0.1"),
     ({"variant": "soft", "granularity": "2:4"}, "granularity='2:4'"),
     ({"variant": "soft", "allocation": "global"}, "allocation='global'"),
+    ({"from_existing_zeros": "no"}, "from_existing_zeros='no' must be True or False"),
+    ({"from_existing_zeros": True, "penalty": 10.0}, "penalty=10.0 has no effect with from_existing_zeros=True"),
+    ({"variant": "magnitude", "penalty": 10.0}, "penalty=10.0 has no effect with score='magnitude'"),
 ]
 
 

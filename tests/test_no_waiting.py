@@ -81,6 +81,8 @@ def test_selection_is_one_graph(as_on_an_accelerator):
     finally:
         compile_selection(False)
     assert selection._on_device is radix_topk
+    with pytest.raises(ValueError, match="enabled='no' must be True or False"):
+        compile_selection("no")
 
 
 CONFIGS = {

@@ -344,6 +344,8 @@ def test_wrong_use_is_told(tmp_path):
         update_schedule(model, 1)
     with pytest.raises(ValueError, match="step=11 must be a whole number and lie between 0 and total_steps=10"):
         update_schedule(model, 11, 10)
+    with pytest.raises(ValueError, match="grad_scale=nan must be"):
+        update_schedule(model, 1, 10, grad_scale=float("nan"))
     with pytest.raises(ValueError, match="contains no pruning adapter"):
         update_schedule(nn.Linear(2, 2), 1, 10)
     with pytest.raises(ValueError, match="adapter_name='other'"):

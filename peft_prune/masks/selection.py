@@ -26,8 +26,13 @@ def compile_selection(enabled: bool = True) -> None:
 
     A few kernels for each matrix then, where there are some hundred small ones. `PruningCallback` does so if
     `TrainingArguments(torch_compile=True)` is set. On a CPU it changes nothing: selection is NumPy's there.
+
+    Raises:
+        ValueError: `enabled` is neither `True` nor `False`.
     """
     global _on_device
+    if not isinstance(enabled, bool):
+        raise ValueError(f"enabled={enabled!r} must be True or False. A model is compiled by torch.compile(model).")
     _on_device = torch.compile(radix_topk, fullgraph=True) if enabled else radix_topk
 
 

@@ -103,6 +103,8 @@ def _update_adapter(
         )
     if not isinstance(step, Integral) or not 0 <= step <= total:
         raise ValueError(f"step={step!r} must be a whole number and lie between 0 and total_steps={total}.")
+    if not 0 < grad_scale < math.inf:
+        raise ValueError(f"grad_scale={grad_scale!r} must be the positive factor by which the loss is scaled, or 1.")
     merged = [layer.module_name for layer in layers if layer.merged] if config.needs_weights else []
     if merged:
         raise ValueError(

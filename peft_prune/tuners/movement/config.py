@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 from peft.utils import PeftType
 
 from ...config import PruningConfig
-from ...config_checks import check_choice, check_number
+from ...config_checks import check_choice, check_flag, check_number
 from ...masks.hard_concrete import OPEN_ABOVE, PENALTY_OFFSET
 from ...masks.schedule import Schedule
 from ...masks.values import VALUE_DTYPES
@@ -82,6 +82,8 @@ class MovementPruningConfig(PruningConfig):
 
     def __post_init__(self, density=None):
         check_choice("variant", self.variant, tuple(VARIANTS))
+        check_flag("from_existing_zeros", self.from_existing_zeros)
+        asked = self.penalty
         for name, value in VARIANTS[self.variant].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -90,10 +92,18 @@ class MovementPruningConfig(PruningConfig):
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         self._check_combination(density)
+        if not self.learns_scores:
+            self._without_penalty(asked)
         super().__post_init__(density)
         self.peft_type = PeftType("MOVEMENT")
         check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
         check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
+
+    def _without_penalty(self, asked: Optional[float]) -> None:
+        if asked and not self.finalized:
+            why = "from_existing_zeros=True" if self.from_existing_zeros else f"score={self.score!r}"
+            raise ValueError(f"penalty={asked!r} has no effect with {why}, which learns no scores. Leave it out.")
+        self.penalty = 0.0  # the variant may have set another one
 
     def _check_combination(self, density: Optional[float]) -> None:
         if self.score == "magnitude" and self.mask != "topk":
