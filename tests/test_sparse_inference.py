@@ -30,7 +30,7 @@ def timer(dense, sparse):
 
     def read(call):
         cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
-        layer = cells.get("layer", cells.get("dense"))
+        layer = cells.get("layers", cells.get("dense"))[0]
         seconds = sparse if isinstance(layer, SparseLinear) else dense
         call()
         return seconds(cells["x"].shape[0]) if callable(seconds) else seconds

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from . import semi_structured
 from .choice import Choice, Timer, candidates, choose, wall_time
 from .report import LayerForm, SparseReport
 from .sparse_linear import SparseLinear, out_in
@@ -31,7 +32,8 @@ def use_sparse_kernels(
     Call it on a plain model, after `merge_and_unload` and after the last `.to(device, dtype)`. For each `nn.Linear` and
     Transformers' `Conv1D`, dense is timed against CSR, and against `"2:4"` on GPUs that have it, on random
     activations, with the device, dtype and threads of the moment. A layer stays dense unless a sparse form is clearly
-    faster. Layers of one shape and about one density (a tenth apart) share a measurement.
+    faster. Layers of one shape and about one density (a tenth apart) are measured together, one after the other as in
+    the model.
 
     Converted layers are [`SparseLinear`]. `state_dict` and `save_pretrained` give the dense weights. Layers whose
     weight another module shares, and layers with hooks, are left as they are.
@@ -52,23 +54,24 @@ def use_sparse_kernels(
     """
     sizes = _check(model, tokens, margin)
     use_dense_kernels(model)
-    report = SparseReport()
-    chosen: dict[tuple[Any, ...], Choice] = {}
-    for name, layer in _linear_layers(model):
-        weight = out_in(layer)
-        density = float((weight != 0).sum()) / weight.numel()
-        found = candidates(weight, density, sizes) if 0 < density < 1 else []
-        choice = Choice("dense", 1.0)
-        if found:
-            key = _kind(layer, density, found)
-            if key not in chosen:
-                chosen[key] = choose(layer, found, sizes, margin, timer or wall_time)
-            choice = chosen[key]
-        kernel = choice.kernel(weight)
-        if kernel is not None:
-            _replace(model, name, SparseLinear(layer, kernel))
-        report.append(LayerForm(name, (weight.shape[0], weight.shape[1]), density, choice.form, choice.speed_up))
-    return report
+    layers = _linear_layers(model)
+    densities = {name: float((layer.weight != 0).sum()) / layer.weight.numel() for name, layer in layers}
+    kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    for name, layer in layers:
+        kinds.setdefault(_kind(layer, densities[name]), []).append((name, layer))
+    choices: dict[str, Choice] = {}
+    for alike in kinds.values():
+        name, first = alike[0]
+        found = candidates(out_in(first), densities[name], sizes)
+        choice = choose([layer for _, layer in alike], found, sizes, margin, timer or wall_time)
+        choices |= {name: choice for name, _ in alike}
+    for name, layer in layers:
+        if choices[name].form != "dense":
+            _replace(model, name, choices[name].convert(layer))
+    return SparseReport(
+        LayerForm(name, tuple(out_in(layer).shape), densities[name], choices[name].form, choices[name].speed_up)
+        for name, layer in layers
+    )
 
 
 def use_dense_kernels(model: nn.Module) -> nn.Module:
@@ -87,12 +90,11 @@ def use_dense_kernels(model: nn.Module) -> nn.Module:
     return model
 
 
-def _kind(layer: Any, density: float, found: Sequence[Choice]) -> tuple[Any, ...]:
+def _kind(layer: Any, density: float) -> tuple[Any, ...]:
     """What a measurement depends on: layers of one kind share it."""
-    weight, forms = layer.weight, tuple(candidate.form for candidate in found)
-    return (
-        type(layer), layer.bias is None, weight.shape, weight.dtype, weight.device, round(math.log(density, 1.1)), forms
-    )  # fmt: skip
+    weight, tenth = layer.weight, round(math.log(max(density, 1e-9), 1.1))
+    pattern = semi_structured.can_run(out_in(layer))
+    return type(layer), layer.bias is None, weight.shape, weight.dtype, weight.device, tenth, pattern
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

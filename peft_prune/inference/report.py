@@ -15,7 +15,7 @@ class LayerForm:
     """A layer: its name, (out, in) shape, share of weights that are not 0, form, time of dense over the form's."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     density: float
     form: str
     speed_up: float
