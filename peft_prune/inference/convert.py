@@ -56,15 +56,14 @@ def use_sparse_kernels(
     use_dense_kernels(model)
     layers = _linear_layers(model)
     densities = {name: float((layer.weight != 0).sum()) / layer.weight.numel() for name, layer in layers}
-    kinds: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, layer in layers:
-        kinds.setdefault(_kind(layer, densities[name]), []).append((name, layer))
+        kinds.setdefault(_kind(layer, densities[name]), {})[name] = layer
     choices: dict[str, Choice] = {}
-    for alike in kinds.values():
-        name, first = alike[0]
+    for kind in kinds.values():
+        name, first = next(iter(kind.items()))
         found = candidates(out_in(first), densities[name], sizes)
-        choice = choose([layer for _, layer in alike], found, sizes, margin, timer or wall_time)
-        choices |= {name: choice for name, _ in alike}
+        choices |= dict.fromkeys(kind, choose(list(kind.values()), found, sizes, margin, timer or wall_time))
     for name, layer in layers:
         if choices[name].form != "dense":
             _replace(model, name, choices[name].convert(layer))
