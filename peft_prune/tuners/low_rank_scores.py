@@ -52,11 +52,11 @@ class Start:
             start, factor = matrix.detach().abs().to(a.dtype), self.scale
         else:
             start, factor = initial_scores(matrix, self.kind, self.block).to(a.dtype), 1.0
-        # one product, which reads and writes the scores once
+        # one product, in place
         left = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
         right = torch.cat([b[:-1], torch.ones_like(b[:1]), b[-1:]])
         with torch.autocast(a.device.type, enabled=False):  # two ranks may not round differently
-            return torch.addmm(start, left, right, beta=factor)
+            return start.addmm_(left, right, beta=factor)
 
 
 class LowRankScores(torch.autograd.Function):
