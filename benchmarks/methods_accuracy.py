@@ -82,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", choices=[*METHODS, *CHEAPER], default=METHODS, help="columns of the grid to run"
     )
+    parser.add_argument("--densities", nargs="+", type=float, help="rows of the grid to run")
     parser.add_argument("--steps", type=int, help="by default 160")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-4, help="of the weights; the scores have their method's own")
@@ -199,7 +200,7 @@ def run_dense(args: argparse.Namespace) -> dict:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    left_out = ("results", "table", "plot", "cache", "save", "grid", "methods")
+    left_out = ("results", "table", "plot", "cache", "save", "grid", "methods", "densities")
     kept = {k: v for k, v in vars(args).items() if k not in left_out}
     return kept | {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
@@ -215,11 +216,13 @@ def sizes(model: Any) -> dict:
 
 def grid(args: argparse.Namespace) -> None:
     """Run what the results lack of a task's table, for one seed."""
-    done = {tuple(row[k] for k in ("task", "method", "asked", "teacher", "seed")) for row in read(args.results)}
+    what = ("task", "method", "asked", "teacher", "seed", "steps")
+    done = {tuple(row[k] for k in what) for row in read(args.results)}
     cells = [("dense", 1.0, False)]
-    cells += [(method, density, args.teacher) for density in DENSITIES[args.grid] for method in args.methods]
+    densities = args.densities or DENSITIES[args.grid]
+    cells += [(method, density, args.teacher) for density in densities for method in args.methods]
     for method, density, teacher in cells:
-        if (args.grid, method, density, teacher, args.seed) in done:
+        if (args.grid, method, density, teacher, args.seed, args.steps or STEPS[args.grid]) in done:
             continue
         penalty = PENALTIES.get((args.grid, method), {}).get(density)
         run_and_record(args, task=args.grid, method=method, density=density, teacher=teacher, penalty=penalty)
