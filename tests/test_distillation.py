@@ -3,15 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_bert
-from test_training import arguments, data, smp_bert
+from conftest import BERT, make_bert, make_llama
+from datasets import Dataset
+from peft import get_peft_model
+from test_training import Gradients, arguments, data, smp_bert
+from transformers import BertConfig, BertForTokenClassification
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-from peft_prune import PruningTrainer, distillation_loss, update_schedule
+from peft_prune import PruningCallback, PruningTrainer, SMPConfig, distillation_loss, update_schedule
 
 
 def kl(student, teacher, temperature):
@@ -75,3 +78,83 @@ def test_trainer_mixes_task_and_teacher(tmp_path):
     torch.testing.assert_close(loss, expected)
     model.eval()
     torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), model(**inputs).loss)
+
+
+def test_labels_that_do_not_exclude_each_other_and_regression_with_several_outputs():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    outputs = SequenceClassifierOutput(logits=student), SequenceClassifierOutput(logits=teacher)
+    p, q = torch.sigmoid(teacher / 2), torch.sigmoid(student / 2)
+    expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(distillation_loss(*outputs, problem_type="multi_label_classification"), expected)
+    torch.testing.assert_close(distillation_loss(*outputs, problem_type="regression"), F.mse_loss(student, teacher))
+
+
+def token_classifier(seed):
+    torch.manual_seed(seed)
+    return BertForTokenClassification(BertConfig(**BERT, num_labels=3)).eval()
+
+
+def distance_in_trainer(folder, student, teacher, batch, func=None, **changes):
+    model = get_peft_model(student, SMPConfig(sparsity=0.5))
+    update_schedule(model, 0, 10)
+    args = arguments(folder, **changes)
+    rows = Dataset.from_dict({name: tensor.tolist() for name, tensor in batch.items()})
+    trainer = PruningTrainer(
+        model=model, args=args, train_dataset=rows, teacher=teacher, distillation_alpha=1.0, compute_loss_func=func
+    )
+    model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    return loss, kl(model(input_ids=batch["input_ids"]).logits, teacher(input_ids=batch["input_ids"]).logits, 2.0)
+
+
+def token_loss(outputs, labels, num_items_in_batch=None):
+    loss = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
+    return loss / (num_items_in_batch or (labels != -100).sum())
+
+
+@pytest.mark.parametrize("func, smoothing", [(None, 0.0), (None, 0.1), (token_loss, 0.0)])
+def test_positions_without_a_label_do_not_count_where_trainer_takes_the_labels_out(tmp_path, func, smoothing):
+    labels = torch.randint(0, 3, (4, 8))
+    labels[:, 3:] = -100
+    batch = {"input_ids": torch.randint(2, 90, (4, 8)), "labels": labels}
+    models = token_classifier(0), token_classifier(5)
+    loss, rows = distance_in_trainer(tmp_path, *models, batch, func, label_smoothing_factor=smoothing)
+    torch.testing.assert_close(loss, rows[:, :3].mean())
+
+
+def test_a_causal_lm_is_compared_where_it_predicts_a_label(tmp_path):
+    ids = torch.randint(2, 90, (2, 8))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    loss, rows = distance_in_trainer(tmp_path, make_llama(), make_llama(5), {"input_ids": ids, "labels": labels})
+    torch.testing.assert_close(loss, rows[:, 4:7].mean())
+
+
+def class_loss(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("head", ["class_loss", "tokens"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_accumulation_changes_neither_task_nor_distillation(tmp_path, head, alpha):
+    torch.manual_seed(0)
+    tokens = {name: torch.randint(0, 3, (32, 8)).tolist() for name in ("input_ids", "labels")}
+    seen = []
+    for batch_size, accumulation in ((32, 1), (8, 4)):
+        changes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        args = arguments(tmp_path, max_steps=2, max_grad_norm=0.0, learning_rate=0.0, **changes)
+        gradients = Gradients()
+        base, teacher = (make_bert(), make_bert(seed=7)) if head == "class_loss" else map(token_classifier, (0, 7))
+        PruningTrainer(
+            model=get_peft_model(base, SMPConfig(sparsity=0.5, modules_to_save=["classifier"])),
+            args=args,
+            train_dataset=data(32) if head == "class_loss" else Dataset.from_dict(tokens),
+            compute_loss_func=class_loss if head == "class_loss" else None,
+            teacher=teacher,
+            distillation_alpha=alpha,
+            score_lr=0.0,
+            callbacks=[PruningCallback(), gradients],
+        ).train()
+        seen.append(gradients.seen)
+    for name, gradient in seen[0].items():
+        torch.testing.assert_close(seen[1][name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())

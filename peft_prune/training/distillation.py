@@ -24,26 +24,46 @@ def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature
     return F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
+def soft_binary_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`τ² · KL(teacher/τ ‖ student/τ)` of each class, which is there or not, whatever the others are.
+
+    Args:
+        student (`torch.Tensor`): logits of any shape.
+        teacher (`torch.Tensor`): logits, the same shape.
+        temperature (`float`): τ.
+
+    Returns:
+        `torch.Tensor`: float32, that shape.
+    """
+    # a class that is there or not is two classes, the second with the logit 0
+    student, teacher = (torch.stack([logits, torch.zeros_like(logits)], dim=-1) for logits in (student, teacher))
+    return soft_cross_entropy(student, teacher, temperature)
+
+
 def distillation_loss(
     student: Any,
     teacher: Any,
     temperature: float = 2.0,
     labels: Optional[torch.Tensor] = None,
-    num_items: Optional[torch.Tensor | int] = None,
+    num_items: Optional[torch.Tensor | float] = None,
+    problem_type: Optional[str] = None,
 ) -> torch.Tensor:
     """Distance of a student's outputs from a teacher's, for every head whose outputs Transformers names.
 
-    Classification: soft cross entropy. Regression (one output): squared error. Token classification and language
-    modelling: soft cross entropy over the positions whose label is not -100. Question answering: mean over start and
-    end.
+    Classification: soft cross entropy; of several labels at once, that of each label by itself. Regression: squared
+    error. Token classification and language modelling: soft cross entropy over the positions whose label is not -100.
+    Question answering: mean over start and end.
 
     Args:
         student: model output with `logits`, or `start_logits` and `end_logits`.
         teacher: the teacher's output for the same inputs.
         temperature (`float`): τ.
-        labels (`torch.Tensor`, *optional*): shape (batch, positions), for heads that answer at every position.
+        labels (`torch.Tensor`, *optional*): shape (batch, positions), for heads that answer at every position. Of a
+            causal LM, each at the position that it is predicted from: shifted to the left by one.
         num_items (*optional*): number of labels in the whole accumulated batch, to divide the sum by; by default the
             mean over this one is taken.
+        problem_type (`str`, *optional*): that of the model's config. By default one output is a regression, and several
+            are `"single_label_classification"`.
 
     Raises:
         ValueError: student and teacher answer in different shapes.
@@ -58,16 +78,30 @@ def distillation_loss(
                 f"The teacher's logits are {tuple(theirs.shape)} but the student's are {tuple(ours.shape)}. Use a "
                 "teacher with the same head, labels and tokenizer."
             )
-    if pairs[0][0].dim() == 2 and pairs[0][0].shape[-1] == 1:
-        return F.mse_loss(pairs[0][0].float(), pairs[0][1].float())
-    rows = [soft_cross_entropy(ours, theirs, temperature) for ours, theirs in pairs]
+    if "start_logits" not in student and pairs[0][0].dim() == 2:  # one answer an example
+        rows = [_of_examples(*pairs[0], temperature, problem_type)]
+    else:
+        rows = [soft_cross_entropy(ours, theirs, temperature) for ours, theirs in pairs]
     if rows[0].dim() == 2 and labels is not None and labels.shape == rows[0].shape:
         return _mean_over_labels(rows[0], labels, num_items)
+    if num_items is not None and labels is not None and labels.numel() == rows[0].numel():
+        return rows[0].sum() / num_items
     return torch.stack([row.mean() for row in rows]).mean()
 
 
+def _of_examples(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, problem_type: Optional[str]
+) -> torch.Tensor:
+    """Distance for each example, or each of its outputs where these do not depend on each other."""
+    if student.shape[-1] == 1 or problem_type == "regression":
+        return (student.float() - teacher.float()).square()
+    if problem_type == "multi_label_classification":
+        return soft_binary_cross_entropy(student, teacher, temperature)
+    return soft_cross_entropy(student, teacher, temperature)
+
+
 def _mean_over_labels(
-    rows: torch.Tensor, labels: torch.Tensor, num_items: Optional[torch.Tensor | int]
+    rows: torch.Tensor, labels: torch.Tensor, num_items: Optional[torch.Tensor | float]
 ) -> torch.Tensor:
     counted = labels != -100
     count = num_items if num_items is not None else counted.sum().clamp_min(1)

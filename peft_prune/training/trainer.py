@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Optional, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import PruningConfig
 from ..model_card import add_loading_instructions
@@ -15,11 +18,21 @@ from .distillation import distillation_loss
 from .optimizer import pruning_parameter_groups
 
 
-def _has_one_label_an_example(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _divides_by_item_count(model: Any) -> bool:
+    """Whether the loss of a model is divided by the number of items that it is told."""
     heads = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
     configs = getattr(model, "peft_config", {}).values()
-    return type(base).__name__.endswith(heads) or any(getattr(config, "verbalizer", None) for config in configs)
+    if type(_base(model)).__name__.endswith(heads) or any(getattr(config, "verbalizer", None) for config in configs):
+        return False
+    try:
+        source = inspect.getsource(type(_base(model)).forward)
+    except (OSError, TypeError):  # a class made at run time
+        return True
+    return "loss_function" in source or "num_items_in_batch" in source
 
 
 class PruningTrainer(Trainer):
@@ -61,7 +74,7 @@ class PruningTrainer(Trainer):
         self.teacher = teacher
         if teacher is not None:
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        if _has_one_label_an_example(self.model):
+        if not _divides_by_item_count(self.model):
             # A mean over the batch, which Trainer then divides by the accumulation steps. Told the number of items,
             # BERT and others would not use it, Trainer would not divide, and 4 × 8 would have four times the gradient.
             self.model_accepts_loss_kwargs = False
@@ -100,13 +113,32 @@ class PruningTrainer(Trainer):
         num_items_in_batch: Optional[torch.Tensor | int] = None,
     ) -> Any:
         """The task's loss; in training, mixed with the distillation from the teacher."""
+        labels = inputs.get("labels")  # now: label smoothing and `compute_loss_func` have them taken out
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.teacher is not None and model.training:
-            with torch.no_grad():
-                answers = self.teacher(**inputs)
-            num_items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            distance = distillation_loss(
-                outputs, answers, self.distillation_temperature, inputs.get("labels"), num_items
-            )
+            distance = self._distance(inputs, outputs, labels, num_items_in_batch)
             loss = (1 - self.distillation_alpha) * loss + self.distillation_alpha * distance
         return (loss, outputs) if return_outputs else loss
+
+    def _distance(
+        self,
+        inputs: dict[str, Any],
+        outputs: Any,
+        labels: Optional[torch.Tensor],
+        num_items: Optional[torch.Tensor | int],
+    ) -> torch.Tensor:
+        """Distance from the teacher, divided by what the task's loss is divided by."""
+        with torch.no_grad():
+            answers = self.teacher(**inputs)  # type: ignore[misc]
+        base = _base(self.accelerator.unwrap_model(self.model))
+        if labels is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            labels = F.pad(labels[..., 1:], (0, 1), value=-100)  # each at the position that predicts it
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        count: Any = num_items if counts else None
+        if count is not None and self.args.average_tokens_across_devices:
+            count = count / max(self.accelerator.num_processes, self.args.n_gpu)  # their gradients are averaged
+        problem = getattr(getattr(base, "config", None), "problem_type", None)
+        distance = distillation_loss(outputs, answers, self.distillation_temperature, labels, count, problem)
+        if self.compute_loss_func is not None and count is None:  # Trainer leaves the division to that function
+            distance = distance / getattr(self, "current_gradient_accumulation_steps", 1)
+        return distance
