@@ -1,5 +1,7 @@
 """The verbalizer head against the masked LM's own logits."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,13 @@ def test_models_without_a_masked_lm_head_are_told():
     for base in (make_bert(), BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=1)).bert):
         with pytest.raises(ValueError, match="has no masked-LM head.*AutoModelForMaskedLM"):
             get_peft_model(base, SMPConfig(verbalizer=verbalizer()))
+
+
+def test_a_deep_copy_has_a_head_of_its_own():
+    model = get_peft_model(make_masked_lm(), SMPConfig(sparsity=0.5, verbalizer=verbalizer())).eval()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        assert torch.equal(copied(input_ids=IDS).logits, before)
+        copied.get_output_embeddings().weight.zero_()
+        assert torch.equal(model(input_ids=IDS).logits, before)

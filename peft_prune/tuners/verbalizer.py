@@ -84,16 +84,14 @@ class _Head:
         self.input_ids: Optional[torch.Tensor] = None
         self.labels: tuple[Optional[torch.Tensor], ...] = ()
         self.num_items: Optional[torch.Tensor | int] = None
-        self.layer = lambda: next((m for m in model.modules() if isinstance(m, PruningLayer)), None)
-        decoder_forward = decoder.forward
-        decoder.forward = lambda hidden: (  # type: ignore
-            decoder_forward(hidden) if self.spec is None else self.decode(decoder, hidden)
-        )
+        # attributes and methods, and no function that closes over them: a deep copy of the model has its own head
+        self.model, self.decoder, self.decoder_forward = model, decoder, decoder.forward
+        decoder.forward = self.at_decoder  # type: ignore[method-assign]
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def active_spec(self) -> Optional[dict[str, Any]]:
-        layer = self.layer()
+        layer = next((m for m in self.model.modules() if isinstance(m, PruningLayer)), None)
         configs = [layer.pruning_config.get(name) for name in layer.active_adapters] if layer is not None else []
         return next((config.verbalizer for config in configs if config is not None and config.verbalizer), None)
 
@@ -107,6 +105,9 @@ class _Head:
             dropped = (*names, "num_items_in_batch")
             kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
         return args, kwargs
+
+    def at_decoder(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder_forward(hidden) if self.spec is None else self.decode(self.decoder, hidden)
 
     def decode(self, decoder: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the label words: (batch, labels), or (batch, positions, 2) for question answering."""
