@@ -174,3 +174,12 @@ def test_onnx_runs_with_equal_outputs(name, tmp_path):
     for batch in (inputs(name), inputs(name, batch=4, tokens=13)):
         found = session.run(None, {key: value.numpy() for key, value in batch.items()})[0]
         np.testing.assert_allclose(found, logits(model, batch).numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_fields_of_the_config_and_what_transformers_says_of_loading(tmp_path):
+    save_compact(compact(), tmp_path)
+    model = load_compact(tmp_path, num_labels=3, ignore_mismatched_sizes=True, hidden_dropout_prob=0.3)
+    assert model.classifier.out_features == 3 and model.dropout.p == 0.3
+    model, report = load_compact(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert type(model) is BertForSequenceClassification and not report["missing_keys"]
+    assert model.config._attn_implementation == "eager"

@@ -17,6 +17,13 @@ from .shrink import keep_units
 from .sites import find_sites
 
 
+# what reading the config takes out of the arguments, and loading the weights needs as well
+_OF_MODEL_TOO = (
+    "revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies",
+    "trust_remote_code", "attn_implementation", "dtype", "torch_dtype",
+)  # fmt: skip
+
+
 def save_compact(model: nn.Module, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """Save a compact model: `model.safetensors`, and a `config.json` that records what was removed.
 
@@ -58,15 +65,17 @@ def load_compact(
         model_class (`type`, *optional*): class of the model or an `AutoModelFor...`, by default the class that was
             saved.
         anatomy (`tuple[Block, ...]`, *optional*): by default what is registered for the architecture.
-        **kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
+        **kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...; and fields of the
+            model's config, such as `num_labels`.
 
     Raises:
         ValueError: the model is not compact, its class is not known, or its record does not fit.
     """
     config = kwargs.pop("config", None)
     if config is None:
-        hub = {k: kwargs[k] for k in ("revision", "subfolder", "token", "cache_dir") if k in kwargs}
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        both = {name: value for name, value in kwargs.items() if name in _OF_MODEL_TOO}
+        config, kwargs = AutoConfig.from_pretrained(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
+        kwargs |= both
     record = getattr(config, FIELD, None)
     if not isinstance(record, dict) or not record:
         raise ValueError(
@@ -84,9 +93,10 @@ def load_compact(
 
     # Transformers' own loading (shards, devices, dtypes, Hub) into a model that is compact from the start
     compact: Any = type(original.__name__, (original,), {"__init__": init, "__module__": original.__module__})
-    model = compact.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+    loaded = compact.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
     model.__class__ = original
-    return model
+    return loaded
 
 
 def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTrainedModel]:
