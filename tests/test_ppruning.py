@@ -387,3 +387,15 @@ def test_a_mask_for_another_model_is_refused(tmp_path):
     pruned()[0].save_pretrained(tmp_path)
     with pytest.raises(peft_prune.MaskFormatError, match="another base"):
         PeftModel.from_pretrained(make("bert", seed=1), tmp_path)
+
+
+def test_the_classifier_of_a_loaded_adapter_can_be_trained(tmp_path):
+    config = PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.7, criterion="magnitude")
+    model = get_peft_model(make_bert(), config)
+    calibrate(model)
+    model.save_pretrained(tmp_path)
+    base = make_bert()
+    base.bert.embeddings.requires_grad_(False)
+    smaller = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    frozen = {name for name, parameter in smaller.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in smaller.named_parameters() if "bert.embeddings" in name}

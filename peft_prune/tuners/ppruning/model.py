@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
@@ -52,7 +53,18 @@ class PPruningModel(PruningModel):
         """
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
-        return super().merge_and_unload(*args, **kwargs)
+        # of an adapter that was loaded, the copies that take the place of the classifier and the like are frozen
+        wrappers = {n: m for n, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        trainable = [
+            f"{name}.{key}"
+            for name, wrapper in wrappers.items()
+            for key, parameter in wrapper.original_module.named_parameters()
+            if parameter.requires_grad
+        ]
+        model = super().merge_and_unload(*args, **kwargs)
+        for name in trainable:
+            model.get_parameter(name).requires_grad_(True)
+        return model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
