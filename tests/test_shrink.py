@@ -246,3 +246,9 @@ def test_unit_costs_are_the_papers():
 def test_shared_layers_are_counted_as_often_as_they_run():
     size = model_size(make("albert"), 10)
     assert size.macs == model_size(make("bert"), 10).macs and size.heads == 4
+
+
+def test_frozen_stays_frozen():
+    model = make("t5").requires_grad_(False)
+    zero_some(model)
+    assert not any(parameter.requires_grad for parameter in shrink(model).parameters())

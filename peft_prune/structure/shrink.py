@@ -193,12 +193,14 @@ def _unshare_position_bias(model: nn.Module, sites: list[Site]) -> None:
             attention.computes_own_bias = True
             attention.register_forward_pre_hook(_drop_position_bias, with_kwargs=True)
             if table is not None and not hasattr(attention, "relative_attention_bias"):
-                weight = table.weight.detach().clone()
-                attention.relative_attention_bias = nn.Embedding.from_pretrained(weight, freeze=False)
+                weight, frozen = table.weight.detach().clone(), not table.weight.requires_grad
+                attention.relative_attention_bias = nn.Embedding.from_pretrained(weight, freeze=frozen)
                 attention.has_relative_attention_bias = True
 
 
 def _take_bias_columns(attention: nn.Module, units: torch.Tensor) -> None:
     table = cast(nn.Embedding, attention.relative_attention_bias)
-    table.weight = nn.Parameter(table.weight.detach()[:, units.to(table.weight.device)].contiguous())
+    old = table.weight
+    weight = old.detach()[:, units.to(old.device)].contiguous()
+    table.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
     table.embedding_dim = len(units)
