@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peft_prune import SMPConfig, use_dense_kernels, use_sparse_kernels
+from peft_prune import SMPConfig, model_size, shrink, use_dense_kernels, use_sparse_kernels
 from peft_prune.inference import SparseLinear
 from peft_prune.inference.csr import CSRKernel
 from peft_prune.inference.semi_structured import SemiStructuredKernel, can_run, has_pattern
@@ -310,3 +310,22 @@ def test_two_four_on_gpu():
         torch.testing.assert_close(sparse(x), dense(x), atol=2e-2, rtol=2e-2)
     assert torch.equal(sparse.state_dict()["0.weight"], dense[0].weight)
     assert torch.equal(use_dense_kernels(sparse)[0].weight, dense[0].weight)
+
+
+def test_a_checkpoint_that_lacks_a_bias_is_told():
+    model = cut(make_bert())
+    state = model.state_dict()
+    use_sparse_kernels(model, timer=FAST)
+    name = "bert.encoder.layer.0.attention.self.query"
+    state[f"{name}.junk"] = state.pop(f"{name}.bias")
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(state)
+    assert f"{name}.bias" in str(error.value) and f"{name}.junk" in str(error.value)
+
+
+def test_nothing_is_taken_out_of_sparse_layers():
+    model = cut(make_bert())
+    use_sparse_kernels(model, timer=FAST)
+    for function in (shrink, model_size):
+        with pytest.raises(ValueError, match="use_dense_kernels"):
+            function(model)

@@ -84,10 +84,9 @@ class SparseLinear(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, False, missing_keys, unexpected_keys, error_msgs
-        )
         key = prefix + "weight"
+        rest = {name: tensor for name, tensor in state_dict.items() if name != key}  # no parameter here has that name
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key not in state_dict:
             if strict:
                 missing_keys.append(key)

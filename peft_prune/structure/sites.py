@@ -64,6 +64,11 @@ class Site:
 def linear_matrix(module: nn.Module) -> torch.Tensor:
     """The weight of an `nn.Linear` or `Conv1D` as (out, in), also inside a tuner's layer; dequantised."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(getattr(type(base), "weight", None), property):
+        raise ValueError(
+            f"The weight of a {type(base).__name__} is made when it is asked for, so no rows or columns can be taken "
+            "out of it. If it comes from use_sparse_kernels, call peft_prune.use_dense_kernels(model) first."
+        )
     weight = dequantized_weight(base)
     return weight.T if isinstance(base, Conv1D) else weight
 
