@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -251,6 +252,13 @@ class PruningConfig(PeftConfig):
         """Schedule of the sparsity of a module whose final sparsity is `target`."""
         initial = min(self.initial_sparsity, target)
         return Schedule(initial, target, self.schedule_start, self.schedule_end, self.sparsity_schedule)
+
+    def final_step(self, total_steps: int) -> int:
+        """Optimizer step from which on the sparsity is the final one; masks are made anew at some steps only."""
+        end = self.schedule_start if self.sparsity_schedule == "constant" else self.schedule_end
+        step = math.ceil(end * total_steps)
+        step -= (step - 1) / total_steps >= end  # as the schedule counts, which divides
+        return min(total_steps, math.ceil(step / self.mask_interval) * self.mask_interval)
 
     def score_threshold_at(self, step: int, total_steps: int) -> Optional[float]:
         """Score above which weights are kept, `None` if a share of them is kept instead."""

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_prune import (
+    DSEEConfig,
     PruningCallback,
     PruningTrainer,
     SMPConfig,
@@ -304,6 +305,55 @@ def test_best_model_is_one_at_the_final_sparsity(tmp_path):
     best = PeftModel.from_pretrained(make_bert(), tmp_path / "checkpoint-6")
     for one, two in zip(layers, pruning_layers(best), strict=True):
         assert torch.equal(one.get_mask("default"), two.get_mask("default"))
+
+
+@pytest.mark.parametrize(
+    "config, first",
+    [
+        (DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.9, r=2, num_sparse=4), 9),
+        (SMPConfig(task_type="SEQ_CLS", sparsity=0.5, mask_interval=4), 8),
+        (SMPConfig(task_type="SEQ_CLS", sparsity=0.5, sparsity_schedule="constant"), 1),
+    ],
+)
+def test_best_model_is_as_sparse_as_it_gets(tmp_path, config, first):
+    changes = {
+        f"{what}_{how}": value for what in ("eval", "save") for how, value in (("strategy", "steps"), ("steps", 1))
+    }
+    args = arguments(
+        tmp_path, load_best_model_at_end=True, metric_for_best_model="fake", greater_is_better=False, **changes
+    )
+    trainer = PruningTrainer(
+        model=get_peft_model(make_bert(), config), args=args, train_dataset=data(), eval_dataset=data(8)
+    )
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: evaluate(*a, **k) | {"eval_fake": float(trainer.state.global_step)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{first}")
+    assert sparsity(pruning_layers(trainer.model), "default") == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("total", [1, 3, 10, 49, 100, 1000])
+@pytest.mark.parametrize("end", [0.1, 0.29, 0.55, 0.6, 0.7, 1.0])
+def test_the_final_step_is_the_first_of_the_final_sparsity(total, end):
+    config = SMPConfig(sparsity=0.5, schedule_end=end)
+    schedule = config.sparsity_schedule_for(0.5)
+    first = next(step for step in range(total + 1) if schedule.at(step, total) == 0.5)
+    assert config.final_step(total) == first
+
+
+def test_the_learning_rate_of_an_optimizer_class_is_used(tmp_path):
+    given = (torch.optim.SGD, {"lr": 0.25})
+    trainer = PruningTrainer(
+        model=smp_bert(), args=arguments(tmp_path), train_dataset=data(), optimizer_cls_and_kwargs=given
+    )
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.25, 0.25, 2e-2]
+
+
+def test_a_teacher_that_is_the_student_is_told(tmp_path):
+    base = make_bert()
+    model = get_peft_model(base, SMPConfig(task_type="SEQ_CLS", sparsity=0.5))
+    with pytest.raises(ValueError, match="Load the teacher a second time"):
+        PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), teacher=base)
 
 
 def test_nobody_advances_the_schedule(tmp_path):

@@ -80,7 +80,7 @@ class PruningCallback(TrainerCallback):
             return
         for name, layers in trained_adapters(model).items():
             config = layers[0].pruning_config[name]
-            if state.global_step < config.schedule_end * state.max_steps:
+            if state.global_step < config.final_step(state.max_steps):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def report(self, model: Any) -> dict[str, float]:

@@ -48,7 +48,8 @@ class PruningTrainer(Trainer):
         kwargs: everything that [`~transformers.Trainer`] takes.
 
     Raises:
-        ValueError: `distillation_alpha` is not in [0, 1], or `distillation_temperature` not positive.
+        ValueError: `distillation_alpha` is not in [0, 1], `distillation_temperature` not positive, or the teacher a
+            part of the model.
         TypeError: `teacher` is not a model.
     """
 
@@ -68,6 +69,11 @@ class PruningTrainer(Trainer):
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher={teacher!r} must be a model: load it first, by from_pretrained.")
         super().__init__(*args, **kwargs)
+        if teacher is not None and not {id(m) for m in teacher.modules()}.isdisjoint(map(id, self.model.modules())):
+            raise ValueError(
+                "teacher is, or contains, a part of the model that is trained: get_peft_model changes the base model "
+                "itself. Load the teacher a second time, by from_pretrained, or copy.deepcopy it before get_peft_model."
+            )
         self.score_lr = score_lr
         self.distillation_alpha = distillation_alpha
         self.distillation_temperature = distillation_temperature
@@ -101,7 +107,8 @@ class PruningTrainer(Trainer):
         if self.optimizer is None:
             target = cast(PreTrainedModel, self.model if model is None else model)
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
-            groups = pruning_parameter_groups(target, self.args.learning_rate, self.score_lr, self.args.weight_decay)
+            rate = kwargs.get("lr", self.args.learning_rate)  # what came with a class of one's own goes first
+            groups = pruning_parameter_groups(target, rate, self.score_lr, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional, Union
 
@@ -118,6 +119,10 @@ class DSEEConfig(PruningConfig):
     def updates(self, module_name: str, config: Optional[Any] = None) -> bool:
         """Whether a module is among those that are updated."""
         return bool(BaseTuner._check_target_module_exists(config or self, module_name))
+
+    def final_step(self, total_steps: int) -> int:
+        """Optimizer step at which it is pruned, once."""
+        return math.ceil(self.prune_at * total_steps)
 
     @property
     def scaling(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import Any, Optional, cast
 
@@ -73,7 +72,7 @@ class DSEELayer(PruningLayer):
         cls, model: nn.Module, name: str, layers: list[Any], step: int, total_steps: int
     ) -> Optional[dict[str, float]]:
         """Prune when the schedule passes `prune_at`; before and after, only the step is noted."""
-        when = math.ceil(layers[0].pruning_config[name].prune_at * total_steps)
+        when = layers[0].pruning_config[name].final_step(total_steps)
         if layers[0].steps(name)[0] < 0:
             check_units(model, name, layers)  # now, and not in the middle of training
         if layers[0].steps(name)[0] < when <= step:
