@@ -147,7 +147,7 @@ def _diff(args: argparse.Namespace) -> Answer:
         "identical": bool(rows)
         and total["only_a"] == total["only_b"] == 0
         and one.tensors.keys() == two.tensors.keys(),
-        "overlap": total["both"] / union if union else 1.0,
+        "overlap": total["both"] / union if union else float(bool(rows)),
         "both": total["both"],
         "both_if_unrelated": round(kept_a * kept_b / total["weights"]) if rows else 0,
         "only_a": total["only_a"],

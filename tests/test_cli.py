@@ -7,12 +7,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from test_layer import prune, randomize_scores
 from test_save_load import DAMAGE, final_adapter
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BartModel
 
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
@@ -152,6 +153,26 @@ def test_export_takes_a_head_from_modules_to_save(tmp_path, capsys, batch):
     run(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(exported, batch), logits(model, batch))
+
+
+def test_a_base_model_with_another_head(tmp_path, capsys, batch):
+    make_bert(num_labels=2).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True
+    )
+    model = final_adapter(tmp_path / "adapter", make=lambda: base, task_type="SEQ_CLS")
+    run(capsys, "verify", tmp_path / "adapter")
+    run(capsys, "export", tmp_path / "adapter", "--output", tmp_path / "out")
+    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(exported, batch), logits(model, batch))
+
+
+def test_the_head_of_bart(tmp_path, capsys):
+    config = ARCHITECTURES["bart"][0]()
+    BartModel(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    final_adapter(tmp_path / "adapter", make=lambda: base, modules_to_save=["classification_head"])
+    run(capsys, "verify", tmp_path / "adapter")
 
 
 def test_export_to_onnx_without_the_package_is_told_at_once(saved, capsys, monkeypatch):

@@ -22,6 +22,8 @@ _CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+# where architectures have the matrix that makes the logits of classes
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight", "score.weight")
 
 
 def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> tuple[PeftModel, list[str]]:
@@ -50,7 +52,8 @@ def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> tuple[Pe
     else:
         raise ValueError("The adapter's config has neither task_type nor auto_mapping, so its model class is unknown.")
     labels = _number_of_labels(adapter)
-    kwargs = {"num_labels": labels} if labels else {}
+    # a head of the base's own, with another number of labels, makes room for the one that the adapter holds
+    kwargs = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
     model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
     return PeftModel.from_pretrained(model, adapter.source), _not_stored(loading, adapter)
 
@@ -67,7 +70,7 @@ def _not_stored(loading: dict[str, Any], adapter: AdapterFile) -> list[str]:
 def _number_of_labels(adapter: AdapterFile) -> Optional[int]:
     """By the stored classifier: a base model without a head of its own does not know."""
     for key, tensor in adapter.others.items():
-        if key.endswith(("classifier.weight", "classifier.out_proj.weight", "score.weight")):
+        if key.endswith(_HEADS):
             return int(tensor.shape[0])
     return None
 
