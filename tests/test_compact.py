@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_prune import load_compact, model_size, save_compact, shrink
+from peft_prune import SMPConfig, load_compact, model_size, save_compact, shrink
 from peft_prune.structure.record import FIELD, read_record, write_record
 from peft_prune.structure.sites import find_sites
 
@@ -30,6 +30,14 @@ def compact(name="bert", attention="sdpa"):
     model = make(name, attention)
     zero_some(model)
     return shrink(model)
+
+
+@pytest.mark.parametrize(
+    "config", [SMPConfig(task_type="SEQ_CLS"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])]
+)
+def test_size_is_that_of_the_model_without_its_adapters(config):
+    size = model_size(make_bert())
+    assert model_size(get_peft_model(make_bert(), config)) == size
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))

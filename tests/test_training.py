@@ -515,3 +515,10 @@ def test_a_final_adapter_that_is_not_in_every_layer_is_told():
     finalize(model)
     with pytest.raises(ValueError, match="masks are final already"):
         update_schedule(model, 10, 10)
+
+
+def test_a_second_callback_does_no_harm(tmp_path):
+    model = smp_bert()
+    args = arguments(tmp_path, max_steps=2)
+    Trainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), PruningCallback()]).train()
+    assert all(layer.pruning_config["default"].finalized for layer in pruning_layers(model))

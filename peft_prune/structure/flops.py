@@ -76,7 +76,9 @@ def model_size(model: nn.Module, sequence_length: int = DEFAULT_LENGTH, anatomy:
         ValueError: the architecture is not known.
     """
     sites = find_sites(model, anatomy)
-    parameters: list[torch.Tensor] = list(model.parameters())
+    holders = [getattr(m, name) for m in model.modules() for name in getattr(m, "adapter_layer_names", ())]
+    adapters = {id(p) for holder in holders for p in holder.parameters()}  # PEFT's word for what adapters hold
+    parameters: list[torch.Tensor] = [p for p in model.parameters() if id(p) not in adapters]
     return ModelSize(
         parameters=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),

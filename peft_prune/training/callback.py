@@ -114,5 +114,5 @@ class PruningCallback(TrainerCallback):
         """Finalize the masks; the best model has been loaded by now."""
         for layer in pruning_layers(model):
             layer.schedule_is_managed = False
-        if self.finalize_at_end:
+        if self.finalize_at_end and trained_adapters(model):  # a second callback finds the first one's work
             finalize(model)
