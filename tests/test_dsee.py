@@ -1,5 +1,6 @@
 """DSEE against its formula, on real shapes of several architectures."""
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -79,6 +80,46 @@ def test_forward_is_the_formula(make_model, support):
     torch.testing.assert_close(logits(model.merge_and_unload(), ids), adapted, atol=1e-5, rtol=1e-4)
 
 
+def test_places_are_those_that_the_config_asks_for():
+    torch.manual_seed(0)
+    base, planted = make_bert(), {}
+    for block, layer in enumerate(base.bert.encoder.layer):
+        for name in ("query", "value"):
+            low = torch.randn(32, 3) @ torch.randn(3, 32)
+            holes = (low.abs() > 2).flatten().nonzero().flatten()
+            holes = holes[torch.randperm(len(holes))[:7]].sort().values
+            low.view(-1)[holes] = 0  # what the low rank explains least, and the smallest magnitudes of all
+            getattr(layer.attention.self, name).weight.data.copy_(low)
+            planted[f"bert.encoder.layer.{block}.attention.self.{name}"] = holes
+
+    def places(**fields):
+        model = get_peft_model(copy.deepcopy(base), DSEEConfig(**SMALL | fields))
+        return {name: by_name(model)[name].held("support")["default"].tolist() for name in planted}
+
+    assert places(support="grebsmo") == {name: holes.tolist() for name, holes in planted.items()}
+    for name, found in places(support="magnitude").items():
+        weight = base.get_submodule(name).weight.detach().abs().flatten()
+        assert found == sorted(weight.argsort(descending=True)[:7].tolist())
+    drawn = places(support="random")
+    assert drawn == places(support="random") != places(support="random", seed=1)
+    assert len({tuple(found) for found in drawn.values()}) == 4, "each matrix has its own"
+
+
+def test_dropout_is_before_the_update_and_in_training_only():
+    model = dsee(make_bert(), sparsity=0.4, lora_dropout=0.5)
+    prune_once(model)
+    layer = by_name(model)["bert.encoder.layer.0.attention.self.query"]
+    masked, x = layer.matrix.detach() * layer.get_mask("default"), torch.randn(3, 4, 32)
+    update, bias = written_down(layer) - masked, layer.get_base_layer().bias
+    for training in (True, False):
+        layer.train(training)
+        torch.manual_seed(5)
+        found = layer(x)
+        torch.manual_seed(5)
+        expected = F.linear(x, masked, bias) + F.linear(F.dropout(x, 0.5, training), update)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_are_those_of_the_formula():
     model = dsee(make_bert(), sparsity=0.4)
     prune_once(model)
@@ -155,6 +196,11 @@ def test_heads_and_neurons(name, tmp_path):
                 change = written_down(each) - each.matrix.detach() * each.get_mask("default")
                 scores += change.abs().sum(1)[rows].sum(1)
             assert int(scores.argmin()) == int((~kept).nonzero())
+        else:
+            squares = layer.matrix.detach().square().sum(0)[site.columns].sum(1)
+            for module, rows in site.rows.items():
+                squares += model.get_submodule(module).matrix.detach().square().sum(1)[rows].sum(1)
+            assert squares[~kept].max() <= squares[kept].min(), "neurons with the smallest weights go"
     finalize(model)
     masked = logits(model, inputs(name))
     model.save_pretrained(tmp_path)

@@ -48,9 +48,12 @@ def test_every_architecture(name, tmp_path):
     assert model_size(smaller, 10).macs < 0.6 * whole + 1
 
 
-def test_the_units_that_stay_are_those_of_the_definition():
+@pytest.mark.parametrize(
+    ("linkage", "matching"), [("complete", "assignment"), ("average", "greedy"), ("single", "greedy")]
+)
+def test_the_units_that_stay_are_those_of_the_definition(linkage, matching):
     """Clusters cut by hand at the height that the budget needs, on activations gathered by hand."""
-    model, _ = pruned(num_tokens=10_000, num_samples=16)
+    model, _ = pruned(num_tokens=10_000, num_samples=16, linkage=linkage, head_similarity=matching)
     base = make("bert")
     sites = find_sites(base)
     seen = {site.output: [] for site in sites}
@@ -72,21 +75,33 @@ def test_the_units_that_stay_are_those_of_the_definition():
     layers = {layer.module_name: layer for layer in pruning_layers(model)}
     for site in sites:
         acts = tokens[site.output]
-        similarity = head_similarity(acts, 8) if site.kind == HEADS else column_similarity(acts)
+        similarity = head_similarity(acts, 8, matching) if site.kind == HEADS else column_similarity(acts)
         importance = acts.abs().mean(0).view(site.units, -1).mean(1)
         kept = layers[site.output].get_mask("default")[0].view(site.units, -1)[:, 0]
         removed = (~kept).nonzero().flatten().tolist()
         assert removed or site.kind == HEADS
-        # complete linkage by definition: merge the two clusters whose farthest members are closest
+        # linkage by definition: merge the two clusters whose farthest, average or closest members are closest
+        between = {"complete": max, "average": lambda all: sum(all) / len(all), "single": min}[linkage]
         clusters = [[i] for i in range(site.units)]
         for _ in removed:
             a, b = min(
                 ((a, b) for a in range(len(clusters)) for b in range(a)),
-                key=lambda p: max(1 - float(similarity[i, j]) for i in clusters[p[0]] for j in clusters[p[1]]),
+                key=lambda p: between([1 - float(similarity[i, j]) for i in clusters[p[0]] for j in clusters[p[1]]]),
             )
             clusters[b] += clusters.pop(a)
         stays = sorted(max(cluster, key=lambda i: float(importance[i])) for cluster in clusters)
         assert kept.nonzero().flatten().tolist() == stays
+
+
+@pytest.mark.parametrize("ratio", [0.25, 4.0])
+def test_heads_and_neurons_lose_what_lambda_says(ratio):
+    fields = {"criterion": "magnitude", "keep_ratio": 0.8, "sequence_length": 10}
+    shares = calibrate(get_peft_model(make("bert"), PPruningConfig(lambda_ffn=ratio, **fields)))
+    n, d, width = 10, 32, 8  # 3 layers of 4 heads and 48 neurons
+    head, neuron = 4 * n * d * width + 2 * n * n * width, 2 * n * d
+    wanted = 0.2 * 3 * (4 * head + 48 * neuron)
+    assert 0 <= (1 - shares["heads"]) * 12 * head - wanted / (1 + ratio) < head
+    assert 0 <= (1 - shares["neurons"]) * 144 * neuron - wanted * ratio / (1 + ratio) < neuron
 
 
 def test_padding_never_counts():

@@ -121,6 +121,30 @@ def test_plain_loop_equals_the_trainer(tmp_path):
     assert min(same) > 0.97
 
 
+@pytest.mark.parametrize(("curve", "penalties"), [("linear", [0, 20, 50, 80, 100]), ("constant", [100] * 5)])
+def test_schedules_are_those_of_the_config(curve, penalties):
+    fields = {"sparsity_schedule": "linear", "schedule_start": 0.2, "schedule_end": 0.8, "initial_sparsity": 0.2}
+    model = smp_bert(sparsity=0.8, penalty=100.0, penalty_schedule=curve, **fields)
+    for step, wanted, penalty_lambda in zip((0, 2, 5, 8, 10), (0.2, 0.2, 0.5, 0.8, 0.8), penalties, strict=True):
+        report = update_schedule(model, step, 10)
+        assert report["sparsity"] == pytest.approx(wanted, abs=1e-3)
+        assert report["penalty_lambda"] == pytest.approx(penalty_lambda)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_score_allocation_has_the_temperature_of_the_config(temperature):
+    model = smp_bert(allocation="score", allocation_temperature=temperature)
+    randomize_scores(model)
+    queries = [layer for layer in pruning_layers(model) if layer.module_name.endswith("query")]
+    with torch.no_grad():
+        queries[0].scores["default"].add_(2.0)
+    update_schedule(model, 10, 10)
+    means = [torch.sigmoid(layer.scores["default"].detach() / temperature).mean().item() for layer in queries]
+    kept = [layer.kept("default") for layer in queries]
+    assert sum(kept) == round(0.1 * 2 * 32 * 32)
+    assert kept[0] == pytest.approx(sum(kept) * means[0] / sum(means), abs=1)
+
+
 def gradients(model, batches, divide):
     """Gradients of one optimizer step over some micro-batches, as a Trainer accumulates them."""
     model.train()
