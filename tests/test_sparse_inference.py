@@ -170,6 +170,33 @@ def test_slower_forms_are_not_taken():
     assert dict(model.named_modules()) == layers
 
 
+def test_rows_are_taken_32_at_a_time_where_that_is_faster():
+    def by_form(call):
+        cells = dict(zip(call.__code__.co_freevars, (c.cell_contents for c in call.__closure__), strict=True))
+        layer = cells.get("layers", cells.get("dense"))[0]
+        call()
+        if not isinstance(layer, SparseLinear):
+            return 2.0
+        return 1.5 if layer.kernel.rows_at_once is None else 1.0
+
+    for tokens, form in ((64, "csr/32"), ((1, 64), "csr/32"), (32, "csr"), (1, "csr")):
+        report = use_sparse_kernels(cut(make_bert()), tokens=tokens, timer=by_form)
+        assert {row.form for row in report.sparse} == {form}
+
+
+@pytest.mark.parametrize(("density", "tried"), [(0.6, False), (0.4, True)])
+def test_csr_is_tried_where_half_of_the_weights_are_zeros(density, tried):
+    assert bool(use_sparse_kernels(cut(nn.Sequential(nn.Linear(64, 64)), density), timer=FAST).sparse) == tried
+
+
+def test_a_form_with_another_result_is_not_taken(monkeypatch):
+    forward = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: 1.01 * forward(self, x))
+    model = cut(make_bert())
+    assert not use_sparse_kernels(model, timer=FAST).sparse
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+
+
 def test_margin():
     almost = timer(1.09, 1.0)
     assert not use_sparse_kernels(cut(make_bert()), timer=almost).sparse
