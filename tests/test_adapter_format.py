@@ -1,16 +1,20 @@
 """The reader that docs/adapter_format.md prints, against what we store."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_gpt2
+from methods import advance, config
 from peft import get_peft_model
+from safetensors.numpy import load_file
 from test_codec import uneven_mask
 from test_save_load import final_adapter
 
-from peft_prune import PPruningConfig, calibrate
+from peft_prune import PPruningConfig, calibrate, finalize
 from peft_prune.masks import entropy
 from peft_prune.tuners.layer import pruning_layers
 
@@ -44,6 +48,51 @@ def test_documented_reader_reads_our_files(tmp_path):
             assert torch.equal(mask, layer.get_mask("default"))
             kinds.add(int(layer.mask["default"][0]))
     assert kinds == {0, 1}  # both codes were read
+
+
+def read(folder, method, **fields):
+    """A final adapter of GPT-2, what the documented reader makes of its masks, and all tensors of the file."""
+    model = advance(get_peft_model(make_gpt2(), config(method, **fields)), method)
+    finalize(model)
+    model.save_pretrained(folder)
+    names: dict = {}
+    exec(*re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL), names)
+    return pruning_layers(model), dict(names["read_masks"](folder)), load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_kept_values_are_read_as_documented(dtype, tmp_path):
+    layers, masks, tensors = read(tmp_path, "movement", value_dtype=dtype)
+    for layer in layers:
+        data = tensors[f"base_model.model.{layer.module_name}.movement_values"].tobytes()
+        mask = masks[layer.module_name]
+        if dtype == "int8":
+            scales = np.frombuffer(data[: 4 * len(mask)], "<f4")
+            values = np.frombuffer(data[4 * len(mask) :], "i1") * scales[mask.nonzero()[0]]
+        elif dtype == "bfloat16":
+            values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            values = np.frombuffer(data, {"float32": "<f4", "float16": "<f2"}[dtype])
+        matrix = np.zeros(mask.shape, "f4")
+        matrix[mask] = values
+        np.testing.assert_allclose(matrix, layer.adapted("default", layer.matrix).detach().numpy(), rtol=1e-6)
+
+
+def test_updates_are_read_as_documented(tmp_path):
+    layers, masks, tensors = read(tmp_path, "dsee", lora_alpha=6.0)
+    fields, updated = json.loads((tmp_path / "adapter_config.json").read_text()), 0
+    for layer in layers:
+        key = f"base_model.model.{layer.module_name}.dsee_"
+        matrix = layer.matrix.detach().numpy() * masks[layer.module_name]
+        if f"{key}A" in tensors:
+            update = tensors[f"{key}B"] @ tensors[f"{key}A"]
+            np.add.at(update.reshape(-1), tensors[f"{key}support"], tensors[f"{key}sparse"])
+            third = len(matrix) // 3  # queries, keys, values
+            matrix[np.r_[:third, 2 * third : 3 * third]] += fields["lora_alpha"] / fields["r"] * update
+            updated += 1
+        found = layer.adapted("default", layer.matrix).detach().numpy()
+        np.testing.assert_allclose(found, matrix, atol=1e-6, rtol=1e-5)
+    assert updated == 2
 
 
 def test_documented_decoder_reads_every_kind_of_cell():
