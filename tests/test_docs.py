@@ -50,11 +50,21 @@ def test_blocks_run_as_pasted(page, tmp_path, monkeypatch):
     assert blocks or page in WITHOUT_CODE, f"{page.name} shows no code"
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link can name after `#`: the headings, as GitHub and MkDocs spell them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = (re.sub(r"\]\([^)]*\)", "", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    others = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
+    for page in [*PAGES, *others]:
+        for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", page.read_text())):
             if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+                where = page.parent / target if target else page
+                assert where.exists(), f"{page.name} links to {target}"
+                assert not anchor or anchor in anchors(where), f"{page.name} links to {target}#{anchor}"
 
 
 def test_every_public_name_is_in_the_reference():
