@@ -144,6 +144,13 @@ def test_tied_weights_are_used_but_not_merged(method, target, batch):
         assert torch.equal(logits(model, batch), dense)
 
 
+class Doubled(nn.Linear):
+    """A linear layer with a `forward` of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def shared():
     net = nn.Sequential(Wrap(nn.Linear(4, 4)), Wrap(nn.Linear(4, 4)))
     net[1].layer = net[0].layer
@@ -164,6 +171,11 @@ UNFIT = {
         lambda: Wrap(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         "layer",
         "computed from other parameters",
+    ),
+    "forward": (
+        lambda: Wrap(Doubled(4, 4)),
+        "layer",
+        "Doubled cannot be pruned.*do not override forward.*exclude_modules",
     ),
     "shared": (shared, "0.layer", r"shared by 2 modules \(Wrap, Wrap\)"),
 }
@@ -191,14 +203,15 @@ def test_p_pruning_wants_the_ends_of_heads_and_neurons(target):
         get_peft_model(make_bert(), config("ppruning", target_modules=[target]))
 
 
-def test_the_fast_path_of_torch_can_be_switched_off():
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_fast_path_of_torch_can_be_switched_off(method):
     torch.manual_seed(0)
     base = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
     x = torch.randn(2, 5, 16)
     dense = base(x)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        model = adapter(base, "smp", target_modules=["linear1", "linear2"])
+        model = adapter(base, method, target_modules=["linear1", "linear2"])
         with torch.no_grad():
             pruned = model(x)
             assert not torch.allclose(pruned, dense)
