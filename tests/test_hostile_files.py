@@ -1,9 +1,8 @@
-"""Adapter files from strangers: a typed error in under a second and bounded memory, or the mask that was saved."""
+"""Adapter files from strangers: a typed error and bounded memory, or the mask that was saved."""
 
 import json
 import random
 import struct
-import time
 import tracemalloc
 
 import pytest
@@ -63,15 +62,12 @@ HEADERS = {
 
 
 def refused(folder, error, match=None):
-    """Loading raises the error, quickly, without much memory, and leaves the base model as it was."""
+    """Loading raises the error, without much memory, and leaves the base model as it was."""
     base = make_bert()
     weights = {name: p.clone() for name, p in base.named_parameters()}
     tracemalloc.start()
-    start = time.monotonic()
     with pytest.raises(error, match=match):
         PeftModel.from_pretrained(base, folder)
-    # no timing of our own speed, but a bound on hanging: the whole load takes a few hundredths of a second
-    assert time.monotonic() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
     after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters()}
@@ -114,9 +110,11 @@ def test_records_that_lie(tmp_path, change):
     final_adapter(tmp_path)
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["mask_info"][next(iter(config["mask_info"]))] |= change
+    name = next(iter(config["mask_info"]))
+    config["mask_info"][name] |= change
     path.write_text(json.dumps(config))
-    refused(tmp_path, ValueError)
+    told = rf"mask_info\['{name}'\].*config is damaged|'{name}' is \(32, 32\) in this model"
+    refused(tmp_path, ValueError, told)
 
 
 def test_superfluous_tensors_are_told(tmp_path):
