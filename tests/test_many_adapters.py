@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2, make_llama
+from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_llama
 from peft import PeftModel, get_peft_model
 from test_layer import randomize_scores
 from test_save_load import final_adapter
@@ -54,8 +54,9 @@ def test_a_hundred_adapters_cost_what_is_stored(tmp_path, batch):
     buffers = sum(b.numel() * b.element_size() for m in layers for b in m.mask.buffers())
     stored = sum(entry["bytes"] for entry in model.peft_config["m0"].mask_info.values())
     assert buffers == 100 * stored
-    # of the masks in their unpacked form there are those in use, and no more
+    # decoded, to a bit a weight, are the masks in use, and no more
     assert all(set(layer._masks) == {"m57"} for layer in layers)
+    assert sum(bits.nbytes for layer in layers for *_, bits in layer._masks.values()) == BERT_TARGET_WEIGHTS // 8
     assert sum(p.numel() for m in layers for p in m.scores.parameters()) == 0
 
 
