@@ -12,6 +12,7 @@ from ..masks.codec import VERSION
 from ..masks.selection import check_ranked
 from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
+from .own_config import own_config
 from .schedule import sparsity, trained_adapters
 
 
@@ -36,8 +37,8 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
             "active, or not there."
         )
     for name, layers in adapters.items():
-        config = layers[0].pruning_config[name]
         check_wrapping(model, layers)
+        config = own_config(model, name)
         _warn_if_target_missed(name, layers, config)
         for layer in gathered(layers, config.needs_weights):
             if layer.has_scores(name) or name in layer.update:

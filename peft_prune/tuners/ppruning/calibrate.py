@@ -17,6 +17,7 @@ from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
 from ..distributed import agreed, refuse_sharded
 from ..layer import PruningLayer, pruning_layers
+from ..own_config import own_config
 from .config import PPruningConfig
 
 
@@ -65,7 +66,7 @@ def calibrate(
     generator = torch.Generator().manual_seed(config.seed)
     plans = [_plan(model, site, inputs.get(path), config, generator) for path, site in sites.items()]
     kept = agreed(choose_units(plans, config.keep_ratio, config.lambda_ffn))
-    _set_masks(name, config, dict(zip(sites, layers, strict=True)), sites, kept)
+    _set_masks(name, cast(PPruningConfig, own_config(model, name)), dict(zip(sites, layers, strict=True)), sites, kept)
     return _shares(plans, kept)
 
 
