@@ -13,6 +13,11 @@ from torch import nn
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; those made in inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class CachedWeight:
     """One tensor, and what it was made from: it is made anew when one of these is another tensor, or was changed.
 
@@ -35,9 +40,11 @@ class CachedWeight:
         return self._weight
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is kept may be needed outside of it
+    @torch.no_grad()
     def _refresh(self, key: Any, sources: list[torch.Tensor], make: Callable[[], torch.Tensor]) -> None:
         # held, so that identities cannot be those of other tensors; the address notices a move to another device
-        made_from = [key, *((id(t), t._version, t.data_ptr()) for t in sources), sources]
+        made_from = [key, *((id(t), version(t), t.data_ptr()) for t in sources), sources]
         if self._weight is None or made_from[:-1] != self._made_from[:-1]:
             self._weight, self._made_from = make(), made_from
 

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layer import BASE, PruningLayer, pruning_layers
+from .verbalizer import label_words_of
 
 
 @contextmanager
@@ -46,7 +47,8 @@ def routed(model: nn.Module, adapter_names: Sequence[str], num_beams: Optional[i
         if isinstance(module, (PruningLayer, AuxiliaryTrainingWrapper))
     ]
     try:
-        yield
+        with label_words_of(model, names):
+            yield
     finally:
         for handle in handles:
             handle.remove()

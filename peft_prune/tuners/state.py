@@ -15,6 +15,7 @@ from ..masks.codec import load_mask, stored_size
 from ..masks.device import on_cpu
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
+from .cached_weight import version
 from .distributed import mask_unknown
 from .holdings import Holdings
 from .low_rank_scores import Start, initial_factors
@@ -25,6 +26,8 @@ class AdapterState(Holdings):
 
     # ------------------------------------------------------------------ set-up
 
+    @torch.inference_mode(False)  # tensors that are made there count no changes
+    @torch.no_grad()
     def update_layer(
         self,
         adapter_name: str,
@@ -117,7 +120,7 @@ class AdapterState(Holdings):
         """Take the mask that was computed last for the current one, although scores have moved on."""
         if adapter_name in self._masks:
             sources = self._mask_sources(adapter_name)
-            self._masks[adapter_name] = (sources, [t._version for t in sources], self._masks[adapter_name][2])
+            self._masks[adapter_name] = (sources, [version(t) for t in sources], self._masks[adapter_name][2])
 
     def kept(self, adapter_name: str) -> int:
         """Number of weights that the adapter keeps at present."""
@@ -139,8 +142,8 @@ class AdapterState(Holdings):
         """What `progress` holds; `None` for weights kept that only the device knows."""
         progress = self.progress[adapter_name]
         known = self._counted.get(adapter_name)
-        if known is None or known[0] is not progress or known[1] != progress._version:
-            known = self._counted[adapter_name] = (progress, progress._version, progress.tolist())
+        if known is None or known[0] is not progress or known[1] != version(progress):
+            known = self._counted[adapter_name] = (progress, version(progress), progress.tolist())
         return known[2]
 
     def set_kept(self, adapter_name: str, kept: Optional[int | torch.Tensor], step: int, total_steps: int) -> None:
@@ -157,7 +160,7 @@ class AdapterState(Holdings):
         elif kept is not None:
             progress[2].fill_(kept)
             known = kept
-        self._counted[adapter_name] = (progress, progress._version, [step, total_steps, known])
+        self._counted[adapter_name] = (progress, version(progress), [step, total_steps, known])
 
     def kept_unread(self, adapter_name: str) -> int | torch.Tensor:
         """[`kept`], as a tensor (int64, 0-dim) where only the device knows it."""
@@ -189,11 +192,13 @@ class AdapterState(Holdings):
         return pool(magnitude, self.block(adapter_name))
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # a mask that is found there may be needed for training
+    @torch.no_grad()
     def _current_mask(self, adapter_name: str) -> torch.Tensor:
         sources = self._mask_sources(adapter_name)
         if not sources:
             raise ValueError(self.pruning_config[adapter_name].without_mask)
-        versions = [t._version for t in sources]
+        versions = [version(t) for t in sources]
         cached = self._masks.get(adapter_name)
         if cached is not None and cached[1] == versions:
             # held by the cache, so an identity cannot be somebody else's
@@ -222,6 +227,11 @@ class AdapterState(Holdings):
             return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
         if adapter_name in self.shards and not self.is_whole:
             raise mask_unknown(self.module_name)
+        if self.merged and config.needs_weights:
+            raise ValueError(
+                f"The mask of {adapter_name!r} follows from the weight of {self.module_name!r}, into which "
+                f"{self.merged_adapters} are merged. Call model.unmerge_adapter() first."
+            )
         if config.from_existing_zeros:
             return self.matrix != 0
         block = self.block(adapter_name)

@@ -22,6 +22,10 @@ class StoredForm(AdapterState):
     def adapted(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) in inference, and when it is merged."""
 
+    def applied(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """What an adapter makes of a matrix (out, in) in inference: what is merged, unless a method merges less."""
+        return self.adapted(name, matrix)
+
     @abstractmethod
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What the base layer computes of its input, with another weight in its own layout."""
@@ -36,7 +40,9 @@ class StoredForm(AdapterState):
         block, config = self.block(adapter_name), self.pruning_config[adapter_name]
         matrix = self.adapted(adapter_name, self.matrix).detach() if config.stores_values else None
         mask = self.get_mask(adapter_name)
-        info = self.set_mask(adapter_name, mask, None if block == (1, 1) else block)
+        # the zeros of a base may be parts of blocks
+        whole = block != (1, 1) and not config.from_existing_zeros
+        info = self.set_mask(adapter_name, mask, block if whole else None)
         if matrix is not None:
             info |= self.set_values(adapter_name, matrix, mask, config.value_dtype)
         # what FSDP and DeepSpeed manage is theirs to take away; it is no longer read, and not saved
@@ -56,8 +62,6 @@ class StoredForm(AdapterState):
             mask (`torch.Tensor`): bool, shape (out, in).
             block (`tuple[int, int]`, *optional*): rows and columns of the blocks that the mask keeps or removes whole.
         """
-        if self.merged:
-            raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() before finalize.")
         info, stored = self.stored_form(mask, block)
         self._masks.pop(adapter_name, None)
         self.mask[adapter_name] = stored.to(self.weight.device)
@@ -74,6 +78,8 @@ class StoredForm(AdapterState):
         self, mask: torch.Tensor, block: Optional[tuple[int, int]] = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """What the config records of a mask of this layer, and the bytes that are stored."""
+        if self.merged:  # the fingerprint would be that of the merged weight
+            raise ValueError(f"{self.module_name!r} is merged. Call model.unmerge_adapter() first.")
         stored = encode_mask(mask if block is None else mask_to_blocks(mask, block))
         info = describe_mask(stored, mask, block)
         # what a quantised weight stands for is not what the mask will be compared with on the base model as it was
@@ -85,11 +91,13 @@ class StoredForm(AdapterState):
 
     def _kept_values(self, name: str) -> torch.Tensor:
         """Kept values as a matrix: float32, shape (out, in), decoded once."""
-        if name not in self._values:
+        if name not in self._values or self._values[name].device != self.values[name].device:
             self._decode_values(name)
         return self._values[name]
 
     @torch.compiler.disable
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _decode_values(self, name: str) -> None:
         info = (self.pruning_config[name].mask_info or {})[self.module_name]["values"]
         self._values[name] = load_values(self.module_name, self.values[name], self.get_mask(name), info)

@@ -7,7 +7,8 @@ answering two label words give start and end logits at every position.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional, cast
 
 import torch
@@ -76,6 +77,32 @@ def install_verbalizer(model: nn.Module) -> None:
         model._peft_prune_verbalizer = _Head(model, decoder)  # type: ignore[assignment]
 
 
+@contextmanager
+def label_words_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """While this is entered, a verbalizer reads the label words of the adapters named.
+
+    Raises:
+        ValueError: they have different ones.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, PruningLayer)]
+    known = {name: config.verbalizer for layer in layers for name, config in layer.pruning_config.items()}
+    named = {name: known[name] for name in adapter_names if name in known}
+    heads = [m._peft_prune_verbalizer for m in model.modules() if hasattr(m, "_peft_prune_verbalizer")]
+    spec = next(iter(named.values()), None)
+    if heads and any(other != spec for other in named.values()):
+        raise ValueError(
+            f"adapter_names: {sorted(named)} have different label words, and one batch is read with one set of them. "
+            "Pass their samples in separate batches."
+        )
+    for head in heads:
+        head.asked = spec  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.asked = None  # type: ignore[union-attr]
+
+
 class _Head:
     """Three places where a model is intercepted: before it, at its decoder, after it."""
 
@@ -84,16 +111,24 @@ class _Head:
         self.input_ids: Optional[torch.Tensor] = None
         self.labels: tuple[Optional[torch.Tensor], ...] = ()
         self.num_items: Optional[torch.Tensor | int] = None
-        # attributes and methods, and no function that closes over them: a deep copy of the model has its own head
+        self.asked: Optional[dict[str, Any]] = None  # instead of that of the active adapter
         self.model, self.decoder, self.decoder_forward = model, decoder, decoder.forward
-        decoder.forward = self.at_decoder  # type: ignore[method-assign]
+        decoder.forward = self.decoder_or_words  # type: ignore[method-assign]  # which copies and pickles can follow
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def active_spec(self) -> Optional[dict[str, Any]]:
-        layer = next((m for m in self.model.modules() if isinstance(m, PruningLayer)), None)
-        configs = [layer.pruning_config.get(name) for name in layer.active_adapters] if layer is not None else []
-        return next((config.verbalizer for config in configs if config is not None and config.verbalizer), None)
+        if self.asked is not None:
+            return self.asked
+        for layer in self.model.modules():  # an adapter need not be in all of them
+            for name in layer.active_adapters if isinstance(layer, PruningLayer) else ():
+                config = layer.pruning_config.get(name)
+                if config is not None and config.verbalizer:
+                    return config.verbalizer
+        return None
+
+    def decoder_or_words(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder_forward(hidden) if self.spec is None else self.decode(self.decoder, hidden)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self.spec = self.active_spec()
@@ -105,9 +140,6 @@ class _Head:
             dropped = (*names, "num_items_in_batch")
             kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
         return args, kwargs
-
-    def at_decoder(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.decoder_forward(hidden) if self.spec is None else self.decode(self.decoder, hidden)
 
     def decode(self, decoder: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the label words: (batch, labels), or (batch, positions, 2) for question answering."""
