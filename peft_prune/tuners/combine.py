@@ -81,14 +81,14 @@ def _check_combination(
     if len(adapters) < 2:
         raise ValueError(f"adapters={adapters!r}: give two at least.")
     votes = [1.0] * len(adapters) if weights is None else weights
-    if len(votes) != len(adapters) or min(votes) < 0:
-        raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative.")
+    if len(votes) != len(adapters) or not min(votes) >= 0 or not sum(votes) > 0:
+        raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative, and not all 0.")
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(model.peft_config)}.")
         if not cast(PruningConfig, model.peft_config[name]).finalized:
             raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
-        if cast(PruningConfig, model.peft_config[name]).stores_values:
+        if cast(PruningConfig, model.peft_config[name]).updates_weights:
             raise ValueError(f"adapters: {name!r} has weights of its own, which cannot be combined as masks are.")
         if pruning_layers(model, name) != pruning_layers(model, adapters[0]):
             raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")

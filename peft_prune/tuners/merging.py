@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
     """Put the effective weight into the base layer; what was there is kept for a bit-exact [`unmerge`]."""
-    for name in check_adapters_to_merge(layer, adapter_names):
-        if name not in layer._get_available_adapters():
-            continue
+    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer._get_available_adapters()]
+    _check_together(layer, [*layer.merged_adapters, *names])
+    for name in names:
+        layer.get_mask(name)  # all before the weight changes, from which some of them follow
+    for name in names:
         if safe_merge:
             _check_finite(layer, name, *(layer.held(k)[name] for k in layer.trained_names if name in layer.held(k)))
         weight = layer.weight.data
@@ -31,6 +33,14 @@ def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]
         layer._stash.append((name, changed, weight[changed]))
         weight.copy_(merged)
         layer.merged_adapters.append(name)
+
+
+def _check_together(layer: StoredForm, names: list[str]) -> None:
+    if len(names) > 1 and any(layer.changes_weights(name) for name in names):
+        raise ValueError(
+            f"The adapters {names} cannot be merged together, because some of them have weights of their own. Merge "
+            f"one: model.merge_adapter([{names[-1]!r}]), after model.unmerge_adapter() if another one is merged."
+        )
 
 
 def _check_finite(layer: StoredForm, name: str, *tensors: torch.Tensor) -> None:
@@ -48,5 +58,6 @@ def unmerge(layer: StoredForm) -> None:
         return
     while layer._stash:
         name, changed, values = layer._stash.pop()
-        cast(torch.Tensor, layer.weight.data)[changed] = values
+        weight = cast(torch.Tensor, layer.weight.data)
+        weight[changed.to(weight.device)] = values.to(weight)  # the model may have moved
         layer.merged_adapters.remove(name)

@@ -33,7 +33,7 @@ def mixed_batch_forward(layer: StoredForm, x: torch.Tensor, adapter_names: list[
     for name in dict.fromkeys(adapter_names):
         weight = layer.weight
         if layer._mask_sources(name):
-            weight = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)))
+            weight = layer._as_matrix(layer.applied(name, layer._as_matrix(weight)))
         rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
         part = layer._apply_weight(x[rows], weight)
         if result is None:

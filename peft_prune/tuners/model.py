@@ -26,7 +26,7 @@ from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_has_zeros, check_stored_state, check_targets
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
-from .refusals import check_in_one_place, check_is_called, refuse
+from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
 from .schedule import sparsity, update_schedule
 from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
@@ -253,21 +253,7 @@ class PruningModel(BaseTuner):
     # ------------------------------------------------------------- refusals
 
     def _check_merge_allowed(self) -> None:
-        layers = pruning_layers(self)
-        bases = {id(layer.get_base_layer()) for layer in layers}
-        elsewhere = {
-            id(parameter): name
-            for name, module in self.model.named_modules()
-            if id(module) not in bases
-            for parameter in module._parameters.values()
-        }
-        tied = [layer for layer in layers if id(layer.get_base_layer()._parameters.get("weight")) in elsewhere]
-        if tied:
-            other = elsewhere[id(tied[0].get_base_layer()._parameters["weight"])]
-            raise ValueError(
-                f"{tied[0].module_name!r} shares its weight with {other!r}, so merging the mask would prune that too. "
-                "Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
-            )
+        check_no_weight_is_shared(self.model, pruning_layers(self))
 
     # -------------------------------------------------------- several adapters
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,6 +41,23 @@ def check_in_one_place(model: nn.Module, name: str) -> None:
             f"Module {name!r} cannot be pruned: it is shared by {len(parents)} modules ({', '.join(kinds)}), and would "
             f"be pruned in one of them only. {_LEAVE_OUT}"
         )
+
+
+def check_no_weight_is_shared(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Raise `ValueError` if the weight of a pruned layer is that of another module, too, pruned or not."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((name.removesuffix(".base_layer"), module))
+    for layer in layers:
+        base = layer.get_base_layer()
+        others = [name for name, owner in owners.get(id(base._parameters.get("weight")), []) if owner is not base]
+        if others:
+            raise ValueError(
+                f"{layer.module_name!r} shares its weight with {others[0]!r}, so merging the mask would prune that "
+                "too. Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
+            )
 
 
 def refuse(module: nn.Module, name: str, classes: Iterable[type[nn.Module]]) -> TypeError:

@@ -39,6 +39,8 @@ class DSEELayer(PruningLayer):
         self.dropout = nn.ModuleDict()
         self.other_param_names = (*self.other_param_names, "updated_rows", "dropout")
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add_update(self, name: str, config: DSEEConfig, rows: Optional[torch.Tensor]) -> None:
         """Give an adapter its update: `A` normal with standard deviation 0.02, `B` and `S2` zero."""
         matrix = self.matrix.detach()
@@ -86,6 +88,7 @@ class DSEELayer(PruningLayer):
         """Prune: from here on, the mask (bool, shape (out, in)) is in force."""
         self.held("bits")[name].copy_(pack_mask(mask))
         self.progress[name][2] = int(mask.sum())
+        self.progress[name][0].clamp_(min=0)  # pruned by hand, no schedule has to be advanced
 
     def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
         if adapter_name in self.held("bits"):
@@ -124,7 +127,8 @@ class DSEELayer(PruningLayer):
         change = torch.zeros(self.shape, device=self.weight.device)
         if not self.changes_weights(name):
             return change
-        part = self.held("B")[name].float() @ self.held("A")[name].float()
+        with torch.autocast(change.device.type, enabled=False):
+            part = self.held("B")[name].float() @ self.held("A")[name].float()
         if name in self.held("sparse"):
             flat = part.flatten().index_add(0, self.held("support")[name], self.held("sparse")[name].float())
             part = flat.view_as(part)
@@ -134,10 +138,13 @@ class DSEELayer(PruningLayer):
 
     def adapted(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) when it is merged: sparse or not, as the config says."""
-        mask, change = self.get_mask(name), self.delta(name).to(matrix.dtype)
         if cast(DSEEConfig, self.pruning_config[name]).keep_sparse:
-            return (matrix + change) * mask
-        return matrix * mask + change
+            return (matrix + self.delta(name).to(matrix.dtype)) * self.get_mask(name)
+        return self.applied(name, matrix)
+
+    def applied(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """What an adapter makes of a matrix (out, in) until it is merged."""
+        return matrix * self.get_mask(name) + self.delta(name).to(matrix.dtype)
 
     def effective_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The masked weight alone: the update is added to the output."""
