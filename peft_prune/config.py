@@ -193,6 +193,9 @@ class PruningConfig(PeftConfig):
         check_schedule(self)
         check_training(self)
         check_stored_form(self)
+        for name in ("total_steps", "score_rank", "mask_interval"):
+            if getattr(self, name) is not None:
+                setattr(self, name, int(getattr(self, name)))  # NumPy's whole numbers are none to JSON
 
     def _refuse_sparsity(self, density: Optional[float], why: str) -> None:
         """For methods that find the sparsity: 0 until it is known, and never given."""

@@ -114,7 +114,7 @@ class PruningLayer(StoredForm):
 
     def _noise(self, name: str) -> Optional[torch.Tensor]:
         """Noise of the gates, in training only; the same on all ranks, another for each layer and step."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:  # without gradients, too: reentrant checkpointing begins so
             return None
         step = self.steps(name)[0]
         seed = zlib.crc32(f"{getattr(self.pruning_config[name], 'seed', 0)}:{step}:{self.module_name}".encode())

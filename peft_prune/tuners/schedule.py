@@ -111,7 +111,7 @@ def _update_adapter(
             f"The masks of adapter {name!r} follow from the base weights, into which adapters are merged "
             f"({merged[0]!r} and others). Call model.unmerge_adapter() before the schedule is advanced."
         )
-    config.total_steps = total
+    config.total_steps = int(total)  # NumPy's whole numbers are none to JSON
     check_wrapping(model, layers)
     report = type(layers[0]).advance(model, name, layers, step, total)
     if report is not None:
