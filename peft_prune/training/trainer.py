@@ -69,7 +69,8 @@ class PruningTrainer(Trainer):
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher={teacher!r} must be a model: load it first, by from_pretrained.")
         super().__init__(*args, **kwargs)
-        if teacher is not None and not {id(m) for m in teacher.modules()}.isdisjoint(map(id, self.model.modules())):
+        trained = map(id, cast(nn.Module, self.model).modules())
+        if teacher is not None and not {id(m) for m in teacher.modules()}.isdisjoint(trained):
             raise ValueError(
                 "teacher is, or contains, a part of the model that is trained: get_peft_model changes the base model "
                 "itself. Load the teacher a second time, by from_pretrained, or copy.deepcopy it before get_peft_model."

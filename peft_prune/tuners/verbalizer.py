@@ -113,7 +113,7 @@ class _Head:
         self.num_items: Optional[torch.Tensor | int] = None
         self.asked: Optional[dict[str, Any]] = None  # instead of that of the active adapter
         self.model, self.decoder, self.decoder_forward = model, decoder, decoder.forward
-        decoder.forward = self.decoder_or_words  # type: ignore[method-assign]  # which copies and pickles can follow
+        decoder.forward = self.decoder_or_words  # type: ignore  # a method, which copies and pickles can follow
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
@@ -121,7 +121,9 @@ class _Head:
         if self.asked is not None:
             return self.asked
         for layer in self.model.modules():  # an adapter need not be in all of them
-            for name in layer.active_adapters if isinstance(layer, PruningLayer) else ():
+            if not isinstance(layer, PruningLayer):
+                continue
+            for name in layer.active_adapters:
                 config = layer.pruning_config.get(name)
                 if config is not None and config.verbalizer:
                     return config.verbalizer
