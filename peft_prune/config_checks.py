@@ -95,6 +95,8 @@ def check_training(config: Any) -> None:
     check_flag("init_weights", config.init_weights)
     if isinstance(config.score_init, bool) or not isinstance(config.score_init, (int, float)):
         check_choice("score_init", config.score_init, SCORE_INITS)
+    else:
+        check_number("score_init", config.score_init, -1e6, 1e6, "The papers use 0.")
     check_number("penalty", config.penalty, 0.0, 1e9, "Use 0 for no penalty.")
     check_number("score_lr", config.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
     for name in ("score_rank", "mask_interval"):

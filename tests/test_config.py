@@ -40,6 +40,7 @@ BAD = [
     ({"total_steps": 1.5}, r"total_steps=1\.5"),
     ({"penalty": -1}, r"penalty=-1"),
     ({"penalty": float("nan")}, r"penalty=nan"),
+    ({"score_init": float("nan")}, r"score_init=nan"),
     ({"init_weights": "no"}, r"init_weights='no' must be True or False"),
     ({"check_base": 0}, r"check_base=0 must be True or False"),
     ({"total_steps": True}, r"total_steps=True"),

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from architectures import inputs, make
 from conftest import make_bert, make_gpt2, make_llama, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_shrink import logits
 from test_training import Record, arguments, data
 from transformers import DebertaConfig, DebertaModel
 
 from peft_prune import (
     DSEEConfig,
+    MaskFormatError,
     PruningCallback,
     PruningTrainer,
     create_pruning_optimizer,
@@ -230,6 +231,21 @@ def test_files_are_small_and_come_back(tmp_path):
     plain = make_bert()
     plain.load_adapter(str(tmp_path))  # Transformers' own road
     assert torch.equal(logits(plain.eval(), inputs("bert")), live)
+
+
+@pytest.mark.parametrize("place", [-1, 10**6])
+def test_places_outside_of_the_matrix_are_told(place, tmp_path):
+    model = dsee(make_bert(), sparsity=0.5)
+    prune_once(model)
+    finalize(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("_support"))
+    tensors[key][3] = place
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(MaskFormatError, match=f"places from .*{place}"):
+        PeftModel.from_pretrained(make_bert(), tmp_path)
 
 
 def test_targets_without_numbered_blocks_or_a_known_anatomy():

@@ -91,6 +91,7 @@ def check_stored_state(
             if adapter_name in holder:
                 expected.add(key)
                 _check_tensor(layer, kind, holder[adapter_name], stored.get(key), config)
+                layer.check_stored_tensor(adapter_name, kind, stored[key])
     extra = sorted(key for key in stored if f".{prefix}" in key and key not in expected)
     if extra:
         raise MaskFormatError(

@@ -64,7 +64,8 @@ def update_schedule(
 
     Call it once before training with `step=0` and after each optimizer step with the number of steps done, as AdaLoRA's
     `update_and_allocate`. `PruningCallback` does so inside a `Trainer`. The penalty needs nothing more: its gradient is
-    added to that of the scores in the first backward pass after the call, so gradient accumulation does not change it.
+    added to that of the scores in the backward pass of the first forward pass after the call, so gradient accumulation
+    does not change it.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers.

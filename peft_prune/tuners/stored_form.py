@@ -26,6 +26,9 @@ class StoredForm(AdapterState):
         """What an adapter makes of a matrix (out, in) in inference: what is merged, unless a method merges less."""
         return self.adapted(name, matrix)
 
+    def check_stored_tensor(self, name: str, kind: str, found: torch.Tensor) -> None:
+        """Raise `MaskFormatError` if a tensor of a file has the right shape and values that cannot be; for methods."""
+
     @abstractmethod
     def _apply_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """What the base layer computes of its input, with another weight in its own layout."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...masks.codec import pack_mask, unpack_mask
+from ...masks.codec import MaskFormatError, pack_mask, unpack_mask
 from ...masks.decomposition import decompose
 from ..layer import PruningLayer
 from ..linear import PrunedLinear, PrunedLinearConv1D
@@ -66,6 +66,15 @@ class DSEELayer(PruningLayer):
         device = self.weight.device
         self.progress[name] = torch.tensor([-1, 0, self.matrix.numel()], dtype=torch.int64, device=device)
         self.held("bits")[name] = pack_mask(torch.ones(self.shape, dtype=torch.bool, device=device))
+
+    def check_stored_tensor(self, name: str, kind: str, found: torch.Tensor) -> None:
+        """Places of the sparse part have to lie in the matrix."""
+        places = self.held("B")[name].shape[0] * self.held("A")[name].shape[1] if kind == "support" else 0
+        if kind == "support" and found.numel() and not (0 <= int(found.min()) and int(found.max()) < places):
+            raise MaskFormatError(
+                f"The sparse update of {self.module_name!r} has places from {int(found.min())} to {int(found.max())}, "
+                f"and the matrix has {places}: the file is damaged. Download or save it again."
+            )
 
     # ------------------------------------------------------------------- masks
 
