@@ -66,7 +66,6 @@ out["exist"] = [api.file_exists("user/mask", name) for name in ("adapter_model.s
 """
 
 LOAD = """
-import time
 
 import peft_prune
 from peft import AutoPeftModelForSequenceClassification, PeftModel
@@ -77,12 +76,11 @@ def load(*where, **which):
 
 
 def failure(*where, **which):
-    start = time.monotonic()
     try:
         load(*where, **which)
     except Exception as error:
         cause = type(error.__cause__ or error.__context__).__name__
-        return {"message": str(error), "cause": cause, "seconds": time.monotonic() - start}
+        return {"message": str(error), "cause": cause}
 
 
 out["v2"] = load("user/mask", revision="v2")
@@ -179,9 +177,10 @@ def test_compact_models(hub, pushed, loaded):
         ("no revision", "user/mask", "RevisionNotFoundError"),
     ],
 )
-def test_what_is_not_there_is_told_by_name(loaded, what, name, cause):
+def test_what_is_not_there_is_told_by_name(hub, loaded, what, name, cause):
     assert name in loaded[what]["message"] and loaded[what]["cause"] == cause
-    assert loaded[what]["seconds"] < 10
+    wrong = "v3" if what == "no revision" else name
+    assert 0 < sum(wrong in path for _, path, _ in hub.requests) < 5  # not asked for again and again
 
 
 def test_server_answers_as_the_client_expects(hub, pushed, loaded):
