@@ -379,6 +379,10 @@ def test_misuse_is_told():
         prune_once(dsee(make_bert(), heads_to_prune=4))
     with pytest.raises(ValueError, match=r"output.dense' is not among prune_target_modules"):
         prune_once(dsee(make_bert(), heads_to_prune=1, prune_target_modules=["intermediate.dense"]))
+    for field in ({"heads_to_prune": 4}, {"heads_to_prune": 1, "target_modules": ["intermediate.dense"]}):
+        with pytest.raises(ValueError, match="heads_to_prune"):
+            update_schedule(dsee(make_bert(), **field), 0, 10)  # before training, and not in the middle of it
+    assert DSEEConfig(prune_at=0.55).final_step(100) == 55 and DSEEConfig(prune_at=0.5).final_step(3) == 2
     with pytest.raises(ValueError, match="is no DSEE adapter"):
         prune_once(make_bert())
     assert replace(DSEEConfig(), seed=2).seed == 2

@@ -122,7 +122,7 @@ class DSEEConfig(PruningConfig):
 
     def final_step(self, total_steps: int) -> int:
         """Optimizer step at which it is pruned, once."""
-        return math.ceil(self.prune_at * total_steps)
+        return math.ceil(round(self.prune_at * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01
 
     @property
     def scaling(self) -> float:

@@ -42,6 +42,7 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     config = cast(DSEEConfig, waiting[0].pruning_config[name])
     pruned = [layer for layer in waiting if config.prunes(layer.module_name)]
     check_wrapping(model, waiting)
+    check_units(model, name, waiting)
     with all_gathered(waiting):
         masks = _choose(model, name, config, waiting, pruned)
     for layer in waiting:
@@ -66,11 +67,42 @@ def _choose(
 
 
 def check_units(model: nn.Module, name: str, layers: list[Any]) -> None:
-    """Raise `ValueError` if heads and neurons are to go, and cannot be found in this model."""
-    if not layers[0].pruning_config[name].structured:
+    """Raise `ValueError` if heads and neurons are to go, and cannot be found, ranked or masked in this model."""
+    config = layers[0].pruning_config[name]
+    if not config.structured:
         return
+    model = _unwrapped(model)
+    by_path = _by_path(model, layers)
     with all_gathered(layers):
-        find_sites(_unwrapped(model))
+        sites = _sites(model, config)
+    for site in sites:
+        if site.output not in by_path or not config.prunes(by_path[site.output].module_name):
+            raise ValueError(
+                f"heads_to_prune, neuron_sparsity: {site.output!r} is not among prune_target_modules. Add it."
+            )
+        if site.kind != HEADS:
+            continue
+        if config.heads_to_prune >= site.units:
+            raise ValueError(
+                f"heads_to_prune={config.heads_to_prune!r} must be fewer than the {site.units} of a layer."
+            )
+        if not _updated_modules(name, site, by_path):
+            raise ValueError(
+                f"heads_to_prune: no projection of {site.module!r} is updated, so its heads cannot be ranked. Add one "
+                "to target_modules."
+            )
+
+
+def _sites(model: nn.Module, config: DSEEConfig) -> list[Site]:
+    """Where heads or neurons are to go."""
+    return [
+        site for site in find_sites(model) if (config.heads_to_prune if site.kind == HEADS else config.neuron_sparsity)
+    ]
+
+
+def _by_path(model: nn.Module, layers: list[Any]) -> dict[str, Any]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {paths[id(layer)]: layer for layer in layers}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -112,32 +144,24 @@ def _smallest_go(
 def _remove_units(
     model: nn.Module, name: str, config: DSEEConfig, layers: list[Any], masks: dict[str, torch.Tensor]
 ) -> None:
-    paths = {id(module): path for path, module in model.named_modules()}
-    by_path = {paths[id(layer)]: layer for layer in layers}
-    for site in find_sites(model):
-        if site.kind == HEADS and config.heads_to_prune:
+    by_path = _by_path(model, layers)
+    for site in _sites(model, config):
+        if site.kind == HEADS:
             gone = _least_updated_heads(name, config, site, by_path)
-        elif site.kind != HEADS and config.neuron_sparsity:
+        else:
             _, order = least_first(unit_norms(model, site))
             gone = torch.from_numpy(order[: round(config.neuron_sparsity * site.units)].copy())
-        else:
-            continue
-        if site.output not in by_path or not config.prunes(by_path[site.output].module_name):
-            raise ValueError(
-                f"heads_to_prune, neuron_sparsity: {site.output!r} is not among prune_target_modules. Add it."
-            )
         masks[by_path[site.output].module_name][:, site.columns[gone].flatten()] = False
+
+
+def _updated_modules(name: str, site: Site, layers: Mapping[str, Any]) -> list[str]:
+    return [module for module in site.rows if module in layers and layers[module].changes_weights(name)]
 
 
 def _least_updated_heads(name: str, config: DSEEConfig, site: Site, layers: Mapping[str, Any]) -> torch.Tensor:
     """Heads with the smallest sum of `|ΔW|` over their rows of queries and values."""
-    if config.heads_to_prune >= site.units:
-        raise ValueError(f"heads_to_prune={config.heads_to_prune!r} must be fewer than the {site.units} of a layer.")
     total = torch.zeros(site.units)
-    updated = [module for module in site.rows if module in layers and layers[module].changes_weights(name)]
-    if not updated:
-        raise ValueError(f"heads_to_prune: no projection of {site.module!r} is updated, so its heads cannot be ranked.")
-    for module in updated:
+    for module in _updated_modules(name, site, layers):
         total += layers[module].delta(name).detach().abs().sum(1).cpu()[site.rows[module]].sum(1)
     _, order = least_first(total)
     return torch.from_numpy(order[: config.heads_to_prune].copy())
