@@ -19,10 +19,10 @@ def merge(layer: StoredForm, safe_merge: bool, adapter_names: Optional[list[str]
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer._get_available_adapters()]
     _check_together(layer, [*layer.merged_adapters, *names])
     for name in names:
-        layer.get_mask(name)  # all before the weight changes, from which some of them follow
-    for name in names:
         if safe_merge:
             _check_finite(layer, name, *(layer.held(k)[name] for k in layer.trained_names if name in layer.held(k)))
+        layer.get_mask(name)  # all before the weight changes, from which some of them follow
+    for name in names:
         weight = layer.weight.data
         mask = layer._as_matrix(layer.get_mask(name))
         merged = layer._as_matrix(layer.adapted(name, layer._as_matrix(weight)).to(weight.dtype))

@@ -43,6 +43,10 @@ _ONE_AT_A_TIME = (
     "Each of the two adapters brings weights of its own for the same matrix, of which only one can be in force. It is "
     "refused with a ValueError. (Masks alone can be active together.)"
 )
+_MERGED_ONE_AT_A_TIME = (
+    "Each of the two adapters brings weights of its own for the same matrix, and merged one after the other they would "
+    "give those of neither. Merging the second is refused with a ValueError. (Masks alone can be merged together.)"
+)
 _FIRST = (
     "Sparsity grows on a schedule, which the test's training loop does not advance (`update_schedule`); before it is "
     "advanced, scores alone prune nothing."
@@ -64,6 +68,7 @@ _NAMES_FEED_FORWARD = (
 _UNKNOWN = "Where heads and neurons of model_type='deberta' live is not known"
 _NO_GRADIENT = "does not require grad"
 _SEVERAL = r"ValueError: The adapters \[.*\] are active together, and some of them have weights of their own"
+_TOGETHER = r"ValueError: The adapters \[.*\] cannot be merged together"
 _SAVED_ELSEWHERE = (
     "TypeError: (modules_to_save cannot be applied|Module .* of type ModulesToSaveWrapper cannot be pruned)"
 )
@@ -95,6 +100,10 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction("test_multiple_active_adapters_forward(* same)", "DSEE", _ONE_AT_A_TIME, _SEVERAL),
     Contradiction("test_multiple_active_adapters_merge_and_unmerge(* same)", "MOVEMENT *", _ONE_AT_A_TIME, _SEVERAL),
     Contradiction("test_multiple_active_adapters_merge_and_unmerge(* same)", "DSEE", _ONE_AT_A_TIME, _SEVERAL),
+    Contradiction("test_merge_layers_multi(*[!t])", "MOVEMENT *", _MERGED_ONE_AT_A_TIME, _TOGETHER),  # not "different"
+    Contradiction("test_merge_layers_multi(*[!t])", "DSEE", _MERGED_ONE_AT_A_TIME, _TOGETHER),
+    Contradiction("test_*sequential_merge_*(* same)", "MOVEMENT *", _MERGED_ONE_AT_A_TIME, _TOGETHER),
+    Contradiction("test_*sequential_merge_*(* same)", "DSEE", _MERGED_ONE_AT_A_TIME, _TOGETHER),
     Contradiction("test_set_adapter_non_overlapping_modules_to_save(*", "DSEE", _DSEE_PRUNES_ALL, _SAVED_ELSEWHERE),
     Contradiction("test_set_requires_grad(*", "DSEE", _DSEE_PRUNES_ALL, _SAVED_ELSEWHERE),
     Contradiction(
