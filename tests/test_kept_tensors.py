@@ -28,6 +28,7 @@ def test_training_goes_on_after_inference_mode(batch):
     with torch.inference_mode():
         model(input_ids=batch["input_ids"])
     model.train()(**batch).loss.backward()
+    assert all(bool(layer.scores["default"].grad.any()) for layer in pruning_layers(model))
 
 
 def test_inputs_get_gradients_through_values_that_inference_mode_decoded(batch):

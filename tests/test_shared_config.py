@@ -6,6 +6,7 @@ from conftest import logits, make_bert
 from peft import PeftModel, get_peft_model
 
 from peft_prune import MovementPruningConfig, PPruningConfig, SMPConfig, calibrate, finalize, update_schedule
+from peft_prune.tuners.layer import pruning_layers
 
 
 CONFIGS = {
@@ -46,6 +47,8 @@ def test_scores_are_saved_while_another_adapter_of_the_same_config_is_final(tmp_
     _train_to_the_end(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_bert(), tmp_path / "b", is_trainable=True)
+    for saved, live in zip(pruning_layers(loaded), pruning_layers(model), strict=True):
+        assert torch.equal(saved.scores["default"], live.scores["b"])
     _train_to_the_end(loaded)
 
 

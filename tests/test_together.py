@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits, make_bert, make_gpt2
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 
 from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, prune_once, update_schedule
 from peft_prune.tuners.layer import pruning_layers
@@ -132,3 +132,4 @@ def test_numpy_numbers_of_steps_can_be_saved(tmp_path):
     model.save_pretrained(tmp_path / "a")
     update_schedule(model, 1, total_steps=np.int64(4))
     model.save_pretrained(tmp_path / "b")
+    assert [PeftConfig.from_pretrained(tmp_path / name).total_steps for name in "ab"] == [8, 4]
