@@ -26,8 +26,10 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must be True or False.")
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise `ValueError` if a field is no whole number, or less than the least one."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -86,8 +88,8 @@ def check_schedule(config: Any) -> None:
             f"schedule_end={config.schedule_end!r} must come after schedule_start={config.schedule_start!r}; for a "
             "sudden change use sparsity_schedule='constant'."
         )
-    if config.total_steps is not None and (not _is_whole(config.total_steps) or config.total_steps < 1):
-        raise ValueError(f"total_steps={config.total_steps!r} must be a positive number of optimizer steps.")
+    if config.total_steps is not None:
+        check_whole("total_steps", config.total_steps, 1)
 
 
 def check_training(config: Any) -> None:
@@ -100,9 +102,7 @@ def check_training(config: Any) -> None:
     check_number("penalty", config.penalty, 0.0, 1e9, "Use 0 for no penalty.")
     check_number("score_lr", config.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
     for name in ("score_rank", "mask_interval"):
-        value = getattr(config, name)
-        if not _is_whole(value) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
+        check_whole(name, getattr(config, name), 1)
     if config.score == "low_rank" and config.score_init == "random":
         raise ValueError(
             "score_init='random' cannot be combined with score='low_rank', which computes where scores start each "

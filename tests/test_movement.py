@@ -404,6 +404,7 @@ BAD = [
     ({"min_density": -0.1}, "min_density=-0.1"),
     ({"variant": "soft", "granularity": "2:4"}, "granularity='2:4'"),
     ({"variant": "soft", "allocation": "global"}, "allocation='global'"),
+    ({"seed": "a"}, "seed='a' must be a whole number"),
     ({"from_existing_zeros": "no"}, "from_existing_zeros='no' must be True or False"),
     ({"from_existing_zeros": True, "penalty": 10.0}, "penalty=10.0 has no effect with from_existing_zeros=True"),
     ({"variant": "magnitude", "penalty": 10.0}, "penalty=10.0 has no effect with score='magnitude'"),

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from ...config import PruningConfig
-from ...config_checks import check_choice, check_number
+from ...config_checks import check_choice, check_number, check_whole
 
 
 SUPPORTS, IMPORTANCES = ("grebsmo", "random", "magnitude"), ("update", "effective", "weight")
@@ -88,8 +88,8 @@ class DSEEConfig(PruningConfig):
             self.prune_target_modules = set(self.prune_target_modules)  # type: ignore[assignment]
         check_choice("support", self.support, SUPPORTS)
         check_choice("importance", self.importance, IMPORTANCES)
-        for name, least in (("r", 1), ("num_sparse", 0), ("heads_to_prune", 0)):
-            _check_whole(name, getattr(self, name), least)
+        for name, least in (("r", 1), ("num_sparse", 0), ("heads_to_prune", 0), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
         check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
         check_number("lora_dropout", self.lora_dropout, 0.0, 1.0, "Try 0.1.", open_high=True)
         check_number("neuron_sparsity", self.neuron_sparsity, 0.0, 1.0, "The paper uses 0.4.", open_high=True)
@@ -138,8 +138,3 @@ class DSEEConfig(PruningConfig):
     def structured(self) -> bool:
         """Whether whole heads or neurons go."""
         return self.heads_to_prune > 0 or self.neuron_sparsity > 0
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")

@@ -9,7 +9,7 @@ from typing import Any, Optional, Union
 from peft.utils import PeftType
 
 from ...config import PruningConfig
-from ...config_checks import check_choice, check_flag, check_number
+from ...config_checks import check_choice, check_flag, check_number, check_whole
 from ...masks.hard_concrete import OPEN_ABOVE, PENALTY_OFFSET
 from ...masks.schedule import Schedule
 from ...masks.values import VALUE_DTYPES
@@ -83,6 +83,7 @@ class MovementPruningConfig(PruningConfig):
     def __post_init__(self, density=None):
         check_choice("variant", self.variant, tuple(VARIANTS))
         check_flag("from_existing_zeros", self.from_existing_zeros)
+        check_whole("seed", self.seed, 0)
         asked = self.penalty
         for name, value in VARIANTS[self.variant].items():
             if getattr(self, name) is None:
