@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import transformers
@@ -31,7 +31,7 @@ from peft_prune import MovementPruningConfig, SMPConfig, compile_selection, crea
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
 # each with what it is compared with
-METHODS: dict[str, tuple[str, Callable[[], Any]]] = {
+METHODS: dict[str, tuple[str, Optional[Callable[[], Any]]]] = {
     "SMP-S, penalty": ("fine-tuning", lambda: SMPConfig(allocation="score", **COMMON)),
     "SMP-L, penalty": ("fine-tuning", lambda: SMPConfig(allocation="local", **COMMON)),
     "SMP-S, masks every 10 steps": ("fine-tuning", lambda: SMPConfig(allocation="score", mask_interval=10, **COMMON)),
@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[str, Callable[[], Any]]] = {
     "SMP-S, low rank": ("LoRA", lambda: SMPConfig(allocation="score", score="low_rank", **COMMON)),
     "SMP-L, low rank": ("LoRA", lambda: SMPConfig(score="low_rank", **COMMON)),
     "SMP-L, low rank, no penalty": ("LoRA", lambda: SMPConfig(score="low_rank", penalty=0.0, **COMMON)),
+    # what a step costs that computes the gradient of every weight, as scores of low rank have to
+    "fine-tuning": ("LoRA", None),
     "hard movement": ("fine-tuning", lambda: MovementPruningConfig(variant="hard", **COMMON)),
 }
 COMMON: dict[str, Any] = {"task_type": "SEQ_CLS", "sparsity": 0.9}
@@ -68,11 +70,12 @@ class Run:
     def __init__(self, method: str, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model: Any = BertForSequenceClassification(BertConfig()).to(args.device)
-        self.scheduled = method in METHODS
+        make_config = METHODS[method][1] if method in METHODS else None
+        self.scheduled = make_config is not None
         if method == "LoRA":
             model = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS, task_type="SEQ_CLS"))
-        elif self.scheduled:
-            model = get_peft_model(model, METHODS[method][1]())
+        elif make_config is not None:
+            model = get_peft_model(model, make_config())
         if method.endswith("8-bit AdamW"):
             from torchao.optim import AdamW8bit
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from peft_prune.masks.granularity import NMGranularity, parse_granularity
 from peft_prune.masks.selection import n_m_mask, topk_mask
+from peft_prune.masks.warm_start import LastThreshold
 
 
 def brute_force(scores, k):
@@ -28,6 +29,35 @@ def test_topk_equals_a_sort_also_with_ties(values, share, scale):
     scores = torch.tensor(values, dtype=torch.float32) * scale
     k = round(share * len(values))
     assert torch.equal(topk_mask(scores, k), brute_force(scores, k))
+
+
+MOVES = st.lists(st.lists(st.integers(-3, 3), min_size=30, max_size=30), min_size=2, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(moves=MOVES, k=st.integers(1, 29))
+def test_topk_of_scores_that_move_equals_a_sort_also_with_ties(moves, k):
+    scores, last = torch.zeros(30), LastThreshold()
+    for move in moves:
+        scores += torch.tensor(move) / 4
+        assert torch.equal(topk_mask(scores, k, last), brute_force(scores, k))
+
+
+def test_scores_that_move_little_are_selected_by_what_is_near_the_last_threshold(monkeypatch):
+    torch.manual_seed(0)
+    scores, drift, last, found = torch.randn(384, 384), torch.randn(384, 384), LastThreshold(), []
+    select = LastThreshold.select
+    monkeypatch.setattr(LastThreshold, "select", lambda *args: found.append(select(*args)) or found[-1])
+    for step in range(12):
+        scores += 0.01 * drift
+        k = 20_000 - 300 * step
+        kept = topk_mask(scores, k, last).view(-1).nonzero().squeeze(1)
+        assert kept.tolist() == sorted(scores.view(-1).topk(k).indices.tolist())
+    # the first two tell how far a threshold moves
+    assert [mask is not None for mask in found] == [False, False] + [True] * 10
+    scores[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        topk_mask(scores, k - 300, last)
 
 
 @pytest.mark.parametrize("shape", [(768, 768), (384, 1536), (7, 13)])

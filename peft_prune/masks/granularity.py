@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
 from .selection import n_m_mask, topk_mask
+from .warm_start import LastThreshold
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class NMGranularity:
         """Rows and columns that share a score: one weight."""
         return (1, 1)
 
-    def units(self, scores: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
-        """Bool, the shape of `scores`, with `kept / numel · m` of every `m` along a row."""
+    def units(
+        self, scores: torch.Tensor, kept: int | torch.Tensor, last: Optional[LastThreshold] = None
+    ) -> torch.Tensor:
+        """Bool, the shape of `scores`, with `kept / numel · m` of every `m` along a row; `last` has no use here."""
         return n_m_mask(scores, int(kept) * self.m // scores.numel(), self.m)
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
@@ -69,9 +73,11 @@ class BlockGranularity:
                 "Add it to `exclude_modules`, or use another block."
             )
 
-    def units(self, scores: torch.Tensor, kept: int | torch.Tensor) -> torch.Tensor:
+    def units(
+        self, scores: torch.Tensor, kept: int | torch.Tensor, last: Optional[LastThreshold] = None
+    ) -> torch.Tensor:
         """Bool, the shape of `scores`: the `kept` blocks with the largest scores."""
-        return topk_mask(scores, kept)
+        return topk_mask(scores, kept, last)
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
         """Number of weights of an (out, in) matrix in the blocks kept at `density`."""

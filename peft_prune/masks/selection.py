@@ -9,6 +9,7 @@ import torch
 
 from .device import on_cpu
 from .radix import radix_topk
+from .warm_start import LastThreshold
 
 
 # Odd, so multiplying by it modulo 2**32 is a bijection; close to 2**32 / golden ratio, so neighbours land far apart.
@@ -51,7 +52,7 @@ def tie_order(indices: torch.Tensor) -> torch.Tensor:
     return (indices * _SCRAMBLE) & 0xFFFFFFFF
 
 
-def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
+def topk_mask(scores: torch.Tensor, k: int | torch.Tensor, last: Optional[LastThreshold] = None) -> torch.Tensor:
     """Mask of the `k` largest scores, ties broken by [`tie_order`].
 
     On an accelerator nothing is read back, unless scores are float64: those that hold NaN are not noticed there before
@@ -60,6 +61,8 @@ def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
     Args:
         scores (`torch.Tensor`): floating point, any shape.
         k (`int` or `torch.Tensor`): how many entries to keep, from 0 to `scores.numel()`; as a tensor int64, 0-dim.
+        last ([`LastThreshold`], *optional*): of the last time for this matrix, so that on a CPU few scores need to be
+            ranked; brought up to date. The mask does not depend on it.
 
     Returns:
         `torch.Tensor`: bool, the shape of `scores`, exactly `k` entries `True`.
@@ -80,29 +83,28 @@ def topk_mask(scores: torch.Tensor, k: int | torch.Tensor) -> torch.Tensor:
         wanted = k if isinstance(k, torch.Tensor) else torch.full((), k, dtype=torch.int64, device=flat.device)
         ranks = tie_order(torch.arange(n, device=flat.device))
         return _on_device(flat, wanted, ranks).view(scores.shape)
-    mask, tied, missing = _select_on_cpu(flat.cpu(), int(k))
-    if tied is not None:
-        positions = tied.nonzero().squeeze(1)
-        mask[positions[tie_order(positions).argsort()[:missing]]] = True
-    return mask.view(scores.shape).to(scores.device)
-
-
-def _select_on_cpu(flat: torch.Tensor, k: int) -> tuple[torch.Tensor, Optional[torch.Tensor], int]:
-    """Mask of what is certain, and if there are more ties than room: these, and the room that is left.
-
-    By NumPy, whose partition and comparisons are ten times as fast as torch's on a CPU.
-    """
+    flat = flat.cpu()
     values = (flat if flat.dtype in (torch.float32, torch.float64) else flat.float()).numpy()
-    place = flat.numel() - k
-    threshold = np.partition(values, place)[place]
-    mask, at_least = values > threshold, values >= threshold
-    missing = k - int(np.count_nonzero(mask))
-    found = int(np.count_nonzero(at_least)) - (k - missing)
-    if found < missing:
+    last = last or LastThreshold()
+    mask = last.select(values, int(k))
+    if mask is None:
+        mask = _select_on_cpu(values, int(k), last)
+    return torch.from_numpy(mask).view(scores.shape).to(scores.device)
+
+
+def _select_on_cpu(values: np.ndarray, k: int, last: LastThreshold) -> np.ndarray:
+    """By NumPy, whose partition and comparisons are ten times as fast as torch's on a CPU."""
+    threshold = np.partition(values, len(values) - k)[len(values) - k]
+    mask = values >= threshold
+    found = int(np.count_nonzero(mask))
+    if found < k:
         raise ValueError(_NAN)
-    if found > missing:
-        return torch.from_numpy(mask), torch.from_numpy(at_least ^ mask), missing
-    return torch.from_numpy(at_least), None, 0
+    last.note(float(threshold))
+    if found > k:
+        tied = np.flatnonzero(values == threshold)
+        order = tie_order(torch.from_numpy(tied)).argsort().numpy()
+        mask[tied[order[k - found :]]] = False
+    return mask
 
 
 def check_ranked(scores: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.granularity import Granularity
+from ..masks.warm_start import LastThreshold
 from .cached_weight import CachedWeight
 from .low_rank_scores import Start
 from .watch import ScheduleWatch
@@ -46,8 +47,8 @@ class Holdings(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.adapter_layer_names = tuple(prefix + name for name in self.trained_names)
         stored = tuple(prefix + name for name in self.stored_names)
-        others = ("pruning_config", "granularity", "penalty_grad", "score_starts", "_masks", "_values", "_counted")
-        self.other_param_names = (*stored, *others)
+        of_host = ("_masks", "_values", "_counted", "_thresholds")
+        self.other_param_names = (*stored, "pruning_config", "granularity", "penalty_grad", "score_starts", *of_host)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in stored:
@@ -61,6 +62,7 @@ class Holdings(nn.Module, BaseTunerLayer):
         # per adapter: what the mask was computed from, the versions of that, the mask in bits
         self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
         self._values: dict[str, torch.Tensor] = {}
+        self._thresholds: dict[str, LastThreshold] = {}  # what only makes the next selection faster
         # per adapter: `progress` and its version, and what the host knows it to hold
         self._counted: dict[str, tuple[torch.Tensor, int, list[Any]]] = {}
         self._stash: list[tuple[str, torch.Tensor, torch.Tensor]] = []

@@ -15,6 +15,7 @@ from ..masks.codec import load_mask, stored_size
 from ..masks.device import on_cpu
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
+from ..masks.warm_start import LastThreshold
 from .cached_weight import version
 from .distributed import mask_unknown
 from .holdings import Holdings
@@ -236,7 +237,8 @@ class AdapterState(Holdings):
             return self.matrix != 0
         block = self.block(adapter_name)
         kept = self.kept_unread(adapter_name) // (block[0] * block[1])
-        return spread(self.granularity[adapter_name].units(self.ranking(adapter_name), kept), block)
+        last = self._thresholds.setdefault(adapter_name, LastThreshold())
+        return spread(self.granularity[adapter_name].units(self.ranking(adapter_name), kept, last), block)
 
     def _updated(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """The matrix with the adapter's update, in the dtype of the matrix."""
