@@ -18,11 +18,17 @@ def test_bits_are_those_of_numpy_and_come_back(shape):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (768, 768), (601, 1001)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_product_with_bits_is_one_with_the_mask(shape, dtype):
     mask, matrix = torch.rand(shape) < 0.3, torch.randn(shape).to(dtype)
     assert torch.equal(masked_by_bits(matrix, pack_bits(mask)), matrix * mask)
     assert torch.equal(masked_by_bits(matrix.T, pack_bits(mask.T)), (matrix * mask).T)
+
+
+def test_an_infinite_weight_that_is_removed_is_nan_as_in_a_product_and_nothing_warns(recwarn):
+    matrix, mask = torch.tensor([[float("inf"), 1.0]]), torch.tensor([[False, True]])
+    assert masked_by_bits(matrix, pack_bits(mask)).isnan().tolist() == [[True, False]]
+    assert not recwarn.list
 
 
 def test_a_mask_that_is_no_contiguous_tensor():

@@ -47,13 +47,16 @@ def masked_by_bits(matrix: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     On a CPU a part at a time, so that the mask's entries stay in the cache: memory that is new costs several times as
     much as the product.
     """
-    if torch.compiler.is_compiling() or not on_cpu(matrix) or not matrix.is_contiguous():
+    by_numpy = on_cpu(matrix) and matrix.is_contiguous() and matrix.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or not by_numpy:
         return matrix * unpack_bits(packed, matrix.shape).view(torch.uint8)
     result = torch.empty_like(matrix)
-    parts = matrix.view(-1).split(8 * _PART), packed.split(_PART), result.view(-1).split(8 * _PART)
-    for entries, bits, out in zip(*parts, strict=True):
-        octets = torch.from_numpy(np.unpackbits(bits.numpy(), count=len(entries), bitorder="little"))
-        torch.mul(entries, octets, out=out)
+    entries, bits, out = matrix.detach().view(-1).numpy(), packed.numpy(), result.view(-1).numpy()
+    with np.errstate(invalid="ignore"):  # an infinite weight that is removed is NaN, as it is with torch
+        for start in range(0, len(entries), 8 * _PART):
+            part = slice(start, start + 8 * _PART)
+            octets = np.unpackbits(bits[start // 8 :][:_PART], count=len(entries[part]), bitorder="little")
+            np.multiply(entries[part], octets, out=out[part])
     return result
 
 
