@@ -31,6 +31,12 @@ def test_an_infinite_weight_that_is_removed_is_nan_as_in_a_product_and_nothing_w
     assert not recwarn.list
 
 
+def test_memory_of_a_weight_can_be_freed_after_a_product_as_fsdp_does():
+    matrix = torch.randn(4, 8)
+    masked_by_bits(matrix, pack_bits(torch.ones(4, 8, dtype=torch.bool)))
+    matrix.untyped_storage().resize_(0)
+
+
 def test_a_mask_that_is_no_contiguous_tensor():
     mask = torch.rand(6, 9) < 0.5
     assert torch.equal(unpack_bits(pack_bits(mask.T), (9, 6)), mask.T)

@@ -340,7 +340,7 @@ def test_mask_is_computed_once_a_step(bert, batch, monkeypatch):
 
     calls = []
     original = granularity.topk_mask
-    monkeypatch.setattr(granularity, "topk_mask", lambda scores, k: calls.append(k) or original(scores, k))
+    monkeypatch.setattr(granularity, "topk_mask", lambda scores, k, *last: calls.append(k) or original(scores, k))
     model = prune(bert)
     for _ in range(3):
         logits(model, batch)

@@ -51,7 +51,9 @@ def masked_by_bits(matrix: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not by_numpy:
         return matrix * unpack_bits(packed, matrix.shape).view(torch.uint8)
     result = torch.empty_like(matrix)
-    entries, bits, out = matrix.detach().view(-1).numpy(), packed.numpy(), result.view(-1).numpy()
+    # not by `.numpy()`, after which FSDP could not free the memory of a weight
+    entries = np.from_dlpack(matrix.detach().view(-1))
+    bits, out = packed.numpy(), result.view(-1).numpy()
     with np.errstate(invalid="ignore"):  # an infinite weight that is removed is NaN, as it is with torch
         for start in range(0, len(entries), 8 * _PART):
             part = slice(start, start + 8 * _PART)
