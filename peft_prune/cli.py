@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -197,13 +198,14 @@ def _card(args: argparse.Namespace) -> Answer:
 
     results = {}
     for item in args.evaluation:
-        name, _, value = item.partition("=")
+        name, _, text = item.partition("=")
         try:
-            results[name] = float(value)
+            value = float(text)
         except ValueError:
-            raise ValueError(
-                f"--evaluation {item!r} must be NAME=VALUE with a number, such as accuracy=0.847."
-            ) from None
+            value = math.nan
+        if not name or not math.isfinite(value):
+            raise ValueError(f"--evaluation {item!r} must be NAME=VALUE with a number, such as accuracy=0.847.")
+        results[name] = value
     path = write_model_card(args.adapter, results, args.dataset)
     return {"output": path}, lambda: print(path)
 

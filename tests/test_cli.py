@@ -118,7 +118,8 @@ def test_what_is_no_adapter_has_exit_code_2(tmp_path, capsys):
     assert "training checkpoint" in run(capsys, "inspect", tmp_path / "checkpoint", code=2).err
     final_adapter(tmp_path / "mask")
     assert "Give it with --base" in run(capsys, "verify", tmp_path / "mask", code=2).err
-    assert "NAME=VALUE" in run(capsys, "card", tmp_path / "mask", "--evaluation", "accuracy", code=2).err
+    for evaluation in ("accuracy", "=0.5", "f1=nan", "f1=inf"):
+        assert "NAME=VALUE" in run(capsys, "card", tmp_path / "mask", "--evaluation", evaluation, code=2).err
     with pytest.raises(SystemExit) as stop:
         main(["prune"])
     assert stop.value.code == 2
