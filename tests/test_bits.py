@@ -35,6 +35,7 @@ def test_memory_of_a_weight_can_be_freed_after_a_product_as_fsdp_does():
     matrix = torch.randn(4, 8)
     masked_by_bits(matrix, pack_bits(torch.ones(4, 8, dtype=torch.bool)))
     matrix.untyped_storage().resize_(0)
+    assert matrix.untyped_storage().size() == 0
 
 
 def test_a_mask_that_is_no_contiguous_tensor():
