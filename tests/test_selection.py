@@ -89,6 +89,9 @@ def test_nan_and_impossible_k_are_told():
         topk_mask(scores, 10)
     with pytest.raises(ValueError, match="NaN"):
         n_m_mask(scores, 2, 4)
+    for zeros in range(4, 9):  # ties do not hide it
+        with pytest.raises(ValueError, match="NaN"):
+            topk_mask(torch.tensor([float("nan")] + [0.0] * zeros + [-1.0]), 4)
     with pytest.raises(ValueError, match="k=65"):
         topk_mask(torch.randn(8, 8), 65)
 

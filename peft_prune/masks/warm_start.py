@@ -40,16 +40,17 @@ class LastThreshold:
         """
         if self.value is None or not self.reach:
             return None
-        mask = values > self.value + self.reach
-        # neither above nor below, which NaN is not either
-        around = np.flatnonzero(~(mask | (values < self.value - self.reach)))
+        with np.errstate(over="ignore"):
+            mask = values > self.value + self.reach
+            # neither above nor below, which NaN is not either
+            around = np.flatnonzero(~(mask | (values < self.value - self.reach)))
         room = k - int(np.count_nonzero(mask))
         if not 0 < room <= len(around):
             return None
         near = values[around]
         threshold = np.partition(near, len(near) - room)[len(near) - room]
         chosen = near >= threshold
-        if np.count_nonzero(chosen) != room:
+        if np.count_nonzero(chosen) != room or np.isnan(near).any():
             return None
         mask[around] = chosen
         self.note(float(threshold))
