@@ -89,8 +89,8 @@ class PruningConfig(PeftConfig):
             Rank of the scores of methods that offer `score="low_rank"`. The default trains as many numbers as a LoRA of
             rank 8 does.
         mask_interval (`int`):
-            Number of optimizer steps after which sparsity and masks are computed anew. With more than 1, a training
-            that is resumed computes its masks at the checkpoint, and so may end with slightly other ones.
+            Number of optimizer steps after which sparsity and masks are recomputed. Checkpoints hold the mask in force,
+            so a training that is resumed goes on with exactly that mask.
         init_weights (`bool`):
             If `False`, scores are random and pruning is at its final sparsity from the start. For tests.
         verbalizer (`dict`, *optional*):
@@ -127,6 +127,8 @@ class PruningConfig(PeftConfig):
     score: ClassVar[Optional[str]] = "movement"
     # sparsity of a training checkpoint, for its README.md: known once a model has been saved, and no part of the file
     sparsity_when_saved: ClassVar[Optional[float]] = None
+    # whether it is a failure if next to nothing is removed
+    expects_removal: ClassVar[bool] = True
     from_existing_zeros: ClassVar[bool] = False
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
@@ -169,7 +171,7 @@ class PruningConfig(PeftConfig):
     )
     score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
     score_rank: int = field(default=7, metadata={"help": "Rank of the scores with score='low_rank'."})
-    mask_interval: int = field(default=1, metadata={"help": "Optimizer steps after which masks are computed anew."})
+    mask_interval: int = field(default=1, metadata={"help": "Optimizer steps after which masks are recomputed."})
     init_weights: bool = field(default=True, metadata={"help": "False: random scores at final sparsity, for tests."})
     verbalizer: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Label words over a frozen masked-LM head, from make_verbalizer."}
@@ -219,12 +221,13 @@ class PruningConfig(PeftConfig):
         pattern = None if self.granularity == "head" else parse_granularity(self.granularity)
         if isinstance(pattern, NMGranularity):
             reached = 1.0 - pattern.density
-            if self.sparsity is not None and abs(self.sparsity - reached) > 1e-9:
+            if self.sparsity is not None and abs(self.sparsity - reached) > 1e-9 and not self.finalized:
                 raise ValueError(
                     f"sparsity={self.sparsity!r} cannot be reached with granularity={self.granularity!r}, which "
                     f"removes exactly {reached:g}. Leave sparsity out, or use another pattern."
                 )
-            self.sparsity = reached
+            if self.sparsity is None or not self.finalized:  # training may have ended before the pattern was reached
+                self.sparsity = reached
         if self.sparsity is None:
             self.sparsity = DEFAULT_SPARSITY
         fix = "It is the share of weights removed, e.g. sparsity=0.9."

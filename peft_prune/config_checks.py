@@ -78,9 +78,9 @@ def check_schedule(config: Any) -> None:
     """How sparsity grows."""
     check_choice("sparsity_schedule", config.sparsity_schedule, tuple(CURVES))
     check_choice("penalty_schedule", config.penalty_schedule, tuple(CURVES))
-    check_number(
-        "initial_sparsity", config.initial_sparsity, 0.0, float(config.sparsity or 0), "It cannot exceed `sparsity`."
-    )
+    # of a final adapter, `sparsity` is what was reached
+    highest = 1.0 if config.finalized else float(config.sparsity or 0)
+    check_number("initial_sparsity", config.initial_sparsity, 0.0, highest, "It cannot exceed `sparsity`.")
     check_number("schedule_start", config.schedule_start, 0.0, 1.0, "It is a share of training.", open_high=True)
     check_number("schedule_end", config.schedule_end, 0.0, 1.0, "It is a share of training.")
     if config.schedule_end <= config.schedule_start:

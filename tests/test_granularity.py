@@ -122,6 +122,7 @@ def test_gradient_of_a_block_is_the_sum_over_its_weights():
     for one, two in zip(pruning_layers(model), pruning_layers(fine), strict=True):
         with torch.no_grad():
             two.scores["default"].copy_(torch.kron(one.scores["default"], torch.ones(4, 8)))
+        two.renew("default")
     ids = torch.randint(0, 90, (2, 7))
     for each in (model, fine):
         each.train()

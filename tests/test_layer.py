@@ -342,10 +342,12 @@ def test_mask_is_computed_once_a_step(bert, batch, monkeypatch):
     original = granularity.topk_mask
     monkeypatch.setattr(granularity, "topk_mask", lambda scores, k, *last: calls.append(k) or original(scores, k))
     model = prune(bert)
-    for _ in range(3):
-        logits(model, batch)
     assert len(calls) == 12
+    mask = pruning_layers(model)[0].get_mask("default")
     with torch.no_grad():
         pruning_layers(model)[0].scores["default"].mul_(-1)  # as an optimizer would
-    logits(model, batch)
-    assert len(calls) == 13
+    for _ in range(3):
+        logits(model, batch)
+    assert len(calls) == 12 and torch.equal(pruning_layers(model)[0].get_mask("default"), mask)
+    update_schedule(model, 10, 10)
+    assert len(calls) == 24 and not torch.equal(pruning_layers(model)[0].get_mask("default"), mask)

@@ -235,6 +235,7 @@ def test_weights_return():
     gone = ~layer.get_mask("default")
     with torch.no_grad():
         layer.scores["default"][gone] += 100
+    update_schedule(model, 10, 10)
     assert bool(layer.get_mask("default")[gone].float().mean() > 0.9)
     model.eval()
     finalize(model)

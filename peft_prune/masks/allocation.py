@@ -48,6 +48,22 @@ def share_by_weight(sizes: torch.Tensor, weights: torch.Tensor, density: float) 
     return (counts + (bump & has_room)).long()
 
 
+def _one_each(counts: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Give a place to each matrix of a row that has none, at the cost of the one that has most.
+
+    Where there are fewer places than matrices, the sum grows.
+
+    Args:
+        counts (`torch.Tensor`): places of each matrix: int64, shape (rows, matrices).
+        sizes (`torch.Tensor`): weights of each matrix: int64, the same shape, 0 for none.
+    """
+    filled = torch.maximum(counts, sizes.clamp(max=1))
+    excess = (filled - counts).sum(1, keepdim=True)
+    largest = filled.argmax(dim=1, keepdim=True)
+    taken = excess.minimum((filled.gather(1, largest) - 1).clamp(min=0))
+    return filled.scatter_add(1, largest, -taken)
+
+
 def allocate_by_score(
     scores: Iterable[torch.Tensor], kinds: Sequence[str], density: float, temperature: float
 ) -> torch.Tensor:
@@ -68,7 +84,7 @@ def allocate_by_score(
     device = measured[0][1].device
     members, sizes = _rows_by_kind(tuple(kinds), tuple(size for size, _ in measured), device)
     means = torch.stack([mean.to(device) for _, mean in measured] + [torch.zeros((), device=device)])
-    counts = share_by_weight(sizes[members], means[members], density)
+    counts = _one_each(share_by_weight(sizes[members], means[members], density), sizes[members])
     return torch.zeros_like(sizes).scatter(0, members.flatten(), counts.flatten())[:-1]
 
 
@@ -91,7 +107,11 @@ def _mean_sigmoid(scores: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def allocate_globally(scores: Sequence[torch.Tensor], density: float) -> torch.Tensor:
-    """One threshold for all matrices: how many of the largest scores overall fall into each (int64, one dimension)."""
+    """One threshold for all matrices: how many of the largest scores overall fall into each (int64, one dimension).
+
+    Each keeps one at least.
+    """
     sizes = [s.numel() for s in scores]
     mask = topk_mask(torch.cat([s.detach().reshape(-1) for s in scores]), round(density * sum(sizes)))
-    return torch.stack([part.sum() for part in mask.split(sizes)])
+    counts = torch.stack([part.sum() for part in mask.split(sizes)])
+    return _one_each(counts[None], torch.ones_like(counts)[None])[0]

@@ -80,9 +80,9 @@ class BlockGranularity:
         return topk_mask(scores, kept, last)
 
     def count(self, density: float, shape: tuple[int, int]) -> int:
-        """Number of weights of an (out, in) matrix in the blocks kept at `density`."""
+        """Number of weights of an (out, in) matrix in the blocks kept at `density`: of one block, at least."""
         height, width = self.block(shape)
-        return round(density * (shape[0] * shape[1] // (height * width))) * height * width
+        return max(1, round(density * (shape[0] * shape[1] // (height * width)))) * height * width
 
 
 Granularity = NMGranularity | BlockGranularity

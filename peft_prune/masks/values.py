@@ -40,7 +40,12 @@ def encode_values(matrix: torch.Tensor, mask: torch.Tensor, dtype: str) -> torch
         parts = [kept.to(getattr(torch, dtype))]
     if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
         raise ValueError(f"A kept value is not finite in {dtype}. Use value_dtype='float32', or train anew.")
-    return torch.cat([part.contiguous().view(torch.uint8).reshape(-1) for part in parts])
+    return torch.cat([_as_bytes(part) for part in parts])
+
+
+def _as_bytes(numbers: torch.Tensor) -> torch.Tensor:
+    """Bytes of a tensor of one dimension; torch cannot view one that is empty as another dtype."""
+    return numbers.contiguous().view(torch.uint8) if numbers.numel() else numbers.to(torch.uint8)
 
 
 def decode_values(stored: torch.Tensor, mask: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -59,7 +64,8 @@ def decode_values(stored: torch.Tensor, mask: torch.Tensor, dtype: str) -> torch
         row = mask.nonzero()[:, 0]
         values = torch.from_numpy(data[4 * rows :].view(np.int8).copy()).to(mask.device).float() * scales[row]
     else:
-        values = torch.from_numpy(data.copy()).view(getattr(torch, dtype)).to(mask.device).float()
+        numbers = torch.from_numpy(data.copy())
+        values = (numbers.view(getattr(torch, dtype)) if len(data) else numbers).to(mask.device).float()
     if not bool(torch.isfinite(values).all()):
         raise ValueError("values that are not finite are stored")
     result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)

@@ -62,7 +62,7 @@ def add_combined_adapter(
     model.peft_config[adapter_name] = config
     model.inject_adapter(model.model, adapter_name)
     for layer in pruning_layers(model, adapter_name):
-        layer.mask[adapter_name].copy_(stored[layer.module_name])
+        layer.set_mask(adapter_name, stored[layer.module_name])
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapters[0] in module.modules_to_save:
             source = module.modules_to_save[adapters[0]].state_dict()

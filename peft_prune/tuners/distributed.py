@@ -1,8 +1,8 @@
 """Several processes, one mask: parameters that are split among them (FSDP, ZeRO-3), made whole for a moment.
 
 A mask follows from all scores of a matrix, and no process holds them between two forward passes. What needs them, which
-is the schedule, the end of training and the penalty's value, goes through [`gathered`], and the mask that is found
-there serves until the schedule moves again.
+is the schedule, the end of training and the penalty's value, goes through [`gathered`]. Every process holds the whole
+mask, in bits.
 """
 
 from __future__ import annotations
@@ -70,15 +70,6 @@ def unsplit(name: str, module: Any) -> Any:
             "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
         )
     return module
-
-
-def mask_unknown(name: str) -> RuntimeError:
-    """The error for a forward pass with scores that moved since masks were found."""
-    return RuntimeError(
-        f"The scores of {name!r} are split among processes and have changed since the schedule was advanced, so the "
-        "mask in force is not known here. Call peft_prune.update_schedule(model, step) after each optimizer step, in "
-        "every process; PruningCallback does."
-    )
 
 
 def without_shards(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -151,8 +142,6 @@ def _zero3(parameters: list[Any]) -> AbstractContextManager[Any]:
 
 
 def _note_shards(layer: Any) -> None:
-    """Remember what an optimizer steps on: its versions tell whether a mask is still the one in force."""
+    """Remember which adapters have parameters that are not ours to delete."""
     layer.cached_weight.enabled = False  # a whole weight that stays is what sharding is there to avoid
-    for name in layer.progress.keys():
-        held = [layer.held(kind) for kind in layer.trained_names]
-        layer.shards[name] = tuple(holder[name] for holder in held if name in holder)
+    layer.shards.update(layer.progress.keys())

@@ -14,6 +14,11 @@ from .distributed import check_wrapping, gathered
 from .layer import PruningLayer, pruning_layers
 from .own_config import own_config
 from .schedule import sparsity, trained_adapters
+from .sparsity_reached import asked_sparsity, differs, reachable_sparsity, unreachable
+from .stored_form import FinalForm
+
+
+_NEXT_TO_NOTHING = 0.01
 
 
 def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
@@ -26,7 +31,8 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
         adapter_name (`str`, *optional*): adapter to finalize, by default all active ones that are not final yet.
 
     Raises:
-        ValueError: there is no adapter left to finalize.
+        ValueError: there is no adapter left to finalize, or something that was trained cannot be stored. Nothing is
+            changed then.
     """
     adapters = trained_adapters(model)
     if adapter_name is not None:
@@ -36,33 +42,57 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
             f"finalize: no adapter with trained scores found (adapter_name={adapter_name!r}). It is final already, not "
             "active, or not there."
         )
+    # everything is encoded, and may fail, before the first layer is changed
+    forms = {name: _final_forms(model, name, layers) for name, layers in adapters.items()}
     for name, layers in adapters.items():
-        check_wrapping(model, layers)
         config = own_config(model, name)
-        _warn_if_target_missed(name, layers, config)
-        for layer in gathered(layers, config.needs_weights):
-            if layer.has_scores(name) or name in layer.update:
-                check_ranked(layer.ranking(name))  # told before the first layer is changed
-        config.mask_info = {layer.module_name: layer.finalize(name) for layer in gathered(layers, True)}
+        _tell_sparsity(name, layers, config)
+        config.mask_info = {layer.module_name: form.info for layer, form in zip(layers, forms[name], strict=True)}
         config.finalized, config.mask_format = True, VERSION
+        for layer, form in zip(layers, forms[name], strict=True):
+            layer.become_final(name, form)
 
 
-def _warn_if_target_missed(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
-    step, total = layers[0].steps(name)
-    reached = sparsity(layers, name)
-    if config.finds_sparsity:
+def _final_forms(model: nn.Module, name: str, layers: list[PruningLayer]) -> list[FinalForm]:
+    check_wrapping(model, layers)
+    config = layers[0].pruning_config[name]
+    for layer in gathered(layers, config.needs_weights):
+        if layer.has_scores(name) or name in layer.update:
+            check_ranked(layer.ranking(name))
+    return [layer.final_form(name) for layer in gathered(layers, True)]
+
+
+def _tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) -> None:
+    """Have the config say what the masks remove, and warn if that is not what was asked for."""
+    reached, wanted = sparsity(layers, name), asked_sparsity(name, layers)
+    if wanted is None:
         config.sparsity = reached
+        if config.expects_removal and reached < _NEXT_TO_NOTHING:
+            warnings.warn(
+                f"Adapter {name!r} is finalized at sparsity {reached:.4f}: its training removed next to nothing. "
+                f"Where scores are compared with a threshold, the penalty pushes them below it: raise "
+                f"penalty={config.penalty!r}, train for more steps, or give `sparsity` to a method that has it.",
+                UserWarning,
+                stacklevel=3,
+            )
         return
-    weights = [layer.shape[0] * layer.shape[1] for layer in layers]
-    targets = [layer.target_sparsity(name) for layer in layers]
-    wanted = sum(target * n for target, n in zip(targets, weights, strict=True)) / sum(weights)
-    # blocks and n:m patterns may not be able to reach it
-    counts = [layer.granularity[name].count(1.0 - t, layer.shape) for layer, t in zip(layers, targets, strict=True)]
-    if abs(reached - (1.0 - sum(counts) / sum(weights))) > 1e-3 and config.init_weights:
+    if not differs(reached, wanted, name, layers):
+        return
+    ended_early = differs(reached, reachable_sparsity(name, layers), name, layers)
+    config.sparsity = reached
+    if not config.init_weights:
+        return
+    if ended_early:
+        step, total = layers[0].steps(name)
         when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
-        warnings.warn(
-            f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {when}. "
-            "Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before finalize.",
-            UserWarning,
-            stacklevel=3,
+        why = (
+            f"{when}. Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before "
+            "finalize"
         )
+    else:
+        why = unreachable(config)
+    warnings.warn(
+        f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {why}.",
+        UserWarning,
+        stacklevel=3,
+    )

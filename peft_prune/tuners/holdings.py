@@ -20,12 +20,12 @@ from .watch import ScheduleWatch
 class Holdings(nn.Module, BaseTunerLayer):
     """What a layer that replaces a target module holds.
 
-    Of each adapter a layer holds, while it is trained, `progress` (int64: optimizer step, total steps, number of
-    weights kept), and as the method has them `scores` (float, one for each block of weights) or their factors
-    `scores_A` and `scores_B` (float, see `Start.scores`), and `update` (float, shape (out, in): what is added to
-    the weight); or, once final, `mask` (uint8, entropy coded) and `values` (uint8, the kept values, if the method
-    changes them). All are named with the method's prefix, `smp_scores` and so on, as PEFT and Transformers want it.
-    Everything is (out, in) whatever the layout of the base weight.
+    While an adapter is trained, a layer holds its `bits` (uint8, packed: the mask in force), `progress` (int64:
+    optimizer step, total steps, number of weights kept), and as the method has them `scores` (float, one for each block
+    of weights) or their factors `scores_A` and `scores_B` (float, see `Start.scores`), and `update` (float, shape
+    (out, in): what is added to the weight). Once it is final, a layer holds `mask` (uint8, entropy coded) and `values`
+    (uint8, the kept values, if the method changes them). All are named with the method's prefix, `smp_scores` and so
+    on, as PEFT and Transformers want it. Everything is (out, in) whatever the layout of the base weight.
 
     Args:
         base_layer (`nn.Module`): the module to prune.
@@ -37,7 +37,8 @@ class Holdings(nn.Module, BaseTunerLayer):
     score_names: tuple[str, ...] = ("scores", "scores_A", "scores_B")
     trained_names: tuple[str, ...] = (*score_names, "update")
     watched_names: tuple[str, ...] = trained_names  # of which the first that is there tells whether training goes on
-    stored_names: tuple[str, ...] = ("mask", "values", "progress")
+    stored_names: tuple[str, ...] = ("mask", "values", "progress", "bits")
+    derived_names: tuple[str, ...] = ("bits",)  # of these, what can be found again where an old file lacks it
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
@@ -59,8 +60,8 @@ class Holdings(nn.Module, BaseTunerLayer):
         self.pruning_config: dict[str, PruningConfig] = {}
         self.granularity: dict[str, Granularity] = {}
         self.score_starts: dict[str, Start] = {}  # of scores of low rank
-        # per adapter: what the mask was computed from, the versions of that, the mask in bits
-        self._masks: dict[str, tuple[tuple[torch.Tensor, ...], list[int], torch.Tensor]] = {}
+        # per adapter with a final mask: the stored tensor, its version, and the mask in bits
+        self._masks: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._thresholds: dict[str, LastThreshold] = {}  # what only makes the next selection faster
         # per adapter: `progress` and its version, and what the host knows it to hold
@@ -69,12 +70,23 @@ class Holdings(nn.Module, BaseTunerLayer):
         self.cached_weight = CachedWeight()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.shards: dict[str, tuple[torch.Tensor, ...]] = {}  # by adapter; see `distributed.py`
+        self.shards: set[str] = set()  # adapters whose parameters FSDP or DeepSpeed manages, see `distributed.py`
         self.is_whole = False
         self._shape = self.shape  # as long as it is known: FSDP 1 and DeepSpeed flatten weights
         self._watch = ScheduleWatch()
         # True while a callback advances the schedule and finalizes at the end
         self.schedule_is_managed = False
+        self.register_load_state_dict_post_hook(_after_loading)
+
+    def drop_cached(self) -> None:
+        """Let go of what was made from tensors that have changed. Compiled forward passes notice changes by this."""
+        self._masks.clear()
+        self._values.clear()
+        self.cached_weight.clear()
+
+    def after_loading(self, missing: list[str]) -> None:
+        """Take over tensors that `load_state_dict` has put in place, for the methods that derive something."""
+        self.drop_cached()
 
     def held(self, kind: str) -> Any:
         """Parameters or buffers of a kind, such as `"scores"`, by adapter name."""
@@ -132,3 +144,8 @@ class Holdings(nn.Module, BaseTunerLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.pruning_config)
+
+
+def _after_loading(layer: Holdings, keys: Any) -> None:
+    """A function and not a method: copies of a layer would go on calling the method of the original."""
+    layer.after_loading(keys.missing_keys)

@@ -75,7 +75,7 @@ class PruningLayer(StoredForm):
             if name in self.progress:
                 self._look_at_schedule(name)
                 weight = self._as_matrix(self._trained(name, self._as_matrix(weight)))
-            elif self._mask_sources(name):
+            elif self.has_mask(name):
                 weight = self._as_matrix(self.adapted(name, self._as_matrix(weight)))
             else:
                 warn_once("calibrate", self.pruning_config[name].without_mask)
@@ -168,9 +168,7 @@ class PruningLayer(StoredForm):
         names = [name for name in self.active_adapters if name in self.pruning_config]
         sources = [self.weight]
         for name in names:
-            sources += self._mask_sources(name)
-            if name in self.values:
-                sources.append(self.values[name])
+            sources += self.sources(name)
         weight = self.cached_weight.get(names, sources, lambda: self.effective_weight(self.weight))
         return self._apply_weight(x, weight)
 

@@ -32,7 +32,7 @@ def mixed_batch_forward(layer: StoredForm, x: torch.Tensor, adapter_names: list[
     result: Optional[torch.Tensor] = None
     for name in dict.fromkeys(adapter_names):
         weight = layer.weight
-        if layer._mask_sources(name):
+        if name in layer.pruning_config and layer.has_mask(name):
             weight = layer._as_matrix(layer.applied(name, layer._as_matrix(weight)))
         rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=x.device)
         part = layer._apply_weight(x[rows], weight)

@@ -28,6 +28,7 @@ from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
 from .schedule import sparsity, update_schedule
+from .sparsity_reached import warn_if_unreachable
 from .targets import IN_BLOCK, default_target_modules
 from .verbalizer import install_verbalizer
 from .watch import warn_once
@@ -130,6 +131,11 @@ class PruningModel(BaseTuner):
         return targets
 
     # ---------------------------------------------------------------- injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As for every tuner; and warn if the sparsity that is asked for cannot be had."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        warn_if_unreachable(adapter_name, pruning_layers(model, adapter_name))
 
     def _is_own(self, module: nn.Module) -> bool:
         return isinstance(module, PruningLayer) and module.prefix == self.prefix

@@ -121,9 +121,8 @@ def _update_adapter(
     counts = kept_weights(name, layers, step, total) if renewed else [None] * len(layers)
     for layer, kept in zip(gathered(layers, config.needs_weights), counts, strict=True):
         layer.set_kept(name, kept, step, total)
-        if not renewed:
-            layer.keep_mask(name)
-        layer.mask_bits(name)  # now, so that compiled forward passes find it
+        if renewed:
+            layer.renew(name)
     weight = _penalty_weight(config, step, total)
     if weight and config.learns_scores:
         for layer in layers:

@@ -11,13 +11,12 @@ from torch import nn
 
 from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.bits import pack_bits, unpack_bits
-from ..masks.codec import load_mask, stored_size
+from ..masks.codec import load_mask, packed_size, stored_size
 from ..masks.device import on_cpu
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores
 from ..masks.warm_start import LastThreshold
 from .cached_weight import version
-from .distributed import mask_unknown
 from .holdings import Holdings
 from .low_rank_scores import Start, initial_factors
 
@@ -47,6 +46,8 @@ class AdapterState(Holdings):
         elif config.trains:
             self._add_trained(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if adapter_name in self.progress and self._can_be_ranked(adapter_name):
+            self.renew(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _bytes(self, size: int) -> torch.Tensor:
@@ -75,8 +76,19 @@ class AdapterState(Holdings):
             final = DEFAULT_SPARSITY if config.finds_sparsity else self.target_sparsity(name)
             sparsity = config.initial_sparsity if config.init_weights else final
             kept = self.granularity[name].count(1.0 - sparsity, self.shape)
-        self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=matrix.device)
+        self._add_progress(name, kept)
         self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=matrix.device)
+
+    def _add_progress(self, name: str, kept: int) -> None:
+        """Counters of a training that has not begun, and a mask that keeps everything until [`renew`] finds one."""
+        device = self.weight.device
+        self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=device)
+        self.held("bits")[name] = pack_bits(torch.ones(self.shape, dtype=torch.bool)).to(device)
+
+    def _can_be_ranked(self, name: str) -> bool:
+        """Whether scores and weights are there: while a checkpoint is loaded, they may be on device "meta"."""
+        held = [self.held(kind)[name] for kind in self.trained_names if name in self.held(kind)]
+        return not any(tensor.is_meta for tensor in (self.weight, *held))
 
     def _add_factors(self, name: str, config: PruningConfig) -> None:
         block = self.block(name)
@@ -117,18 +129,12 @@ class AdapterState(Holdings):
         """Number of scores, one for each block of weights."""
         return math.prod(self.shape) // math.prod(self.block(adapter_name))
 
-    def keep_mask(self, adapter_name: str) -> None:
-        """Take the mask that was computed last for the current one, although scores have moved on."""
-        if adapter_name in self._masks:
-            sources = self._mask_sources(adapter_name)
-            self._masks[adapter_name] = (sources, [version(t) for t in sources], self._masks[adapter_name][2])
-
     def kept(self, adapter_name: str) -> int:
         """Number of weights that the adapter keeps at present."""
         if adapter_name in self.mask:
             return int(self.pruning_config[adapter_name].mask_info[self.module_name]["kept"])  # type: ignore[index]
         if adapter_name not in self.progress:  # not calibrated yet
-            return self.shape[0] * self.shape[1]
+            return int(self.get_mask(adapter_name).sum()) if self.has_mask(adapter_name) else math.prod(self.shape)
         known = self._known(adapter_name)
         if known[2] is None:
             known[2] = int(self.progress[adapter_name][2])
@@ -170,16 +176,46 @@ class AdapterState(Holdings):
         known = self._known(adapter_name)[2]
         return self.progress[adapter_name][2] if known is None else known
 
+    def has_mask(self, adapter_name: str) -> bool:
+        """Whether an adapter has a mask yet: methods that are calibrated have none before."""
+        return adapter_name in self.mask or adapter_name in self.held("bits")
+
     def get_mask(self, adapter_name: str) -> torch.Tensor:
         """Mask in force: bool, shape (out, in)."""
         return unpack_bits(self.mask_bits(adapter_name), self.shape)
 
     def mask_bits(self, adapter_name: str) -> torch.Tensor:
-        """Mask in force, packed: uint8, one dimension. Computed anew only when what it follows from has changed."""
+        """Mask in force, packed: uint8, one dimension. It stays the same tensor until the mask is final."""
+        bits = self.held("bits")
+        if adapter_name in bits:
+            return bits[adapter_name]
         if torch.compiler.is_compiling() and adapter_name in self._masks:
-            # `update_schedule` has computed it: nothing here to trace, and tensor versions cannot be
-            return self._masks[adapter_name][2]
-        return self._current_mask(adapter_name)
+            return self._masks[adapter_name][2]  # nothing here to trace, and tensor versions cannot be
+        return self._unpacked(adapter_name)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_bits(self, adapter_name: str, mask: torch.Tensor) -> None:
+        """Put a mask (bool, shape (out, in)) in force. Every change of a mask in training goes through here."""
+        self.held("bits")[adapter_name].copy_(pack_bits(mask))
+        self.cached_weight.clear()
+
+    @torch.compiler.disable
+    def renew(self, adapter_name: str) -> None:
+        """Find the mask again, from scores, weights and the number of weights to keep, and put it in force."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.set_bits(adapter_name, self._choose(adapter_name))
+
+    def after_loading(self, missing: list[str]) -> None:
+        """As for every layer; and find the masks of checkpoints that were written before masks were saved with them."""
+        super().after_loading(missing)
+
+        def lacks(kind: str, name: str) -> bool:
+            return any(key.endswith(f"{self.module_name}.{self.prefix}{kind}.{name}") for key in missing)
+
+        for name in self.progress.keys():
+            if lacks("bits", name) and not lacks("progress", name) and self._can_be_ranked(name):
+                self.renew(name)
 
     def ranking(self, adapter_name: str) -> torch.Tensor:
         """What decides which blocks stay, the largest first: float, shape (out / rows, in / columns)."""
@@ -193,41 +229,35 @@ class AdapterState(Holdings):
         return pool(magnitude, self.block(adapter_name))
 
     @torch.compiler.disable
-    @torch.inference_mode(False)  # a mask that is found there may be needed for training
+    @torch.inference_mode(False)  # a mask that is unpacked there may be needed for training
     @torch.no_grad()
-    def _current_mask(self, adapter_name: str) -> torch.Tensor:
-        sources = self._mask_sources(adapter_name)
-        if not sources:
-            raise ValueError(self.pruning_config[adapter_name].without_mask)
-        versions = [version(t) for t in sources]
+    def _unpacked(self, adapter_name: str) -> torch.Tensor:
+        """A final mask in bits, checked when it is unpacked."""
+        config = self.pruning_config[adapter_name]
+        if adapter_name not in self.mask:
+            raise ValueError(config.without_mask)
+        stored = self.mask[adapter_name]
         cached = self._masks.get(adapter_name)
-        if cached is not None and cached[1] == versions:
-            # held by the cache, so an identity cannot be somebody else's
-            if all(old is new for old, new in zip(cached[0], sources, strict=True)):
-                return cached[2]
-        if adapter_name in self.mask and torch.compiler.is_compiling():  # torch.export, whose tensors are fake
+        # held by the cache, so the identity cannot be somebody else's
+        if cached is not None and cached[0] is stored and cached[1] == version(stored):
+            return cached[2]
+        if torch.compiler.is_compiling():  # torch.export, whose tensors are fake
             raise RuntimeError(
                 f"The mask of {self.module_name!r} has not been unpacked yet. Call the model once before torch.export."
             )
-        mask = pack_bits(self._compute_mask(adapter_name))
-        self._masks[adapter_name] = (sources, versions, mask)
-        return mask
+        info = (config.mask_info or {})[self.module_name]
+        bits = pack_bits(load_mask(self.module_name, stored, info, config.mask_format))
+        self._masks[adapter_name] = (stored, version(stored), bits)
+        return bits
 
-    def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
-        """What the mask follows from: it is computed anew when one of these changes."""
-        if adapter_name in self.shards and adapter_name not in self.mask:
-            return (*self.shards[adapter_name], self.progress[adapter_name])
-        kinds = ("mask",) if adapter_name in self.mask else (*self.score_names, "update", "progress")
-        holders = [self.held(kind) for kind in kinds]
-        return tuple(holder[adapter_name] for holder in holders if adapter_name in holder)
+    def sources(self, adapter_name: str) -> list[torch.Tensor]:
+        """What the weight that an adapter makes follows from, the base weight apart."""
+        holders = (self.held(kind) for kind in (*self.trained_names, *self.stored_names))
+        return [holder[adapter_name] for holder in holders if adapter_name in holder]
 
-    def _compute_mask(self, adapter_name: str) -> torch.Tensor:
+    def _choose(self, adapter_name: str) -> torch.Tensor:
+        """The mask that scores or weights ask for: bool, shape (out, in)."""
         config = self.pruning_config[adapter_name]
-        if adapter_name in self.mask:
-            info = (config.mask_info or {})[self.module_name]
-            return load_mask(self.module_name, self.mask[adapter_name], info, config.mask_format)
-        if adapter_name in self.shards and not self.is_whole:
-            raise mask_unknown(self.module_name)
         if self.merged and config.needs_weights:
             raise ValueError(
                 f"The mask of {adapter_name!r} follows from the weight of {self.module_name!r}, into which "
@@ -237,6 +267,8 @@ class AdapterState(Holdings):
             return self.matrix != 0
         block = self.block(adapter_name)
         kept = self.kept_unread(adapter_name) // (block[0] * block[1])
+        if isinstance(kept, int) and kept == self.score_count(adapter_name):
+            return torch.ones(self.shape, dtype=torch.bool, device=self.weight.device)
         last = self._thresholds.setdefault(adapter_name, LastThreshold())
         return spread(self.granularity[adapter_name].units(self.ranking(adapter_name), kept, last), block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -11,6 +12,21 @@ from ..masks.codec import describe_mask, describe_values, encode_mask, load_valu
 from ..masks.fingerprint import fingerprint
 from ..masks.values import encode_values
 from .state import AdapterState
+
+
+@dataclass
+class FinalForm:
+    """What a final adapter holds of one layer.
+
+    Args:
+        info (`dict`): what the config records.
+        mask (`torch.Tensor`): the mask as it is stored: uint8, one dimension.
+        values (`torch.Tensor`, *optional*): the kept values as they are stored: uint8, one dimension.
+    """
+
+    info: dict[str, Any]
+    mask: torch.Tensor
+    values: Optional[torch.Tensor] = None
 
 
 class StoredForm(AdapterState):
@@ -38,44 +54,48 @@ class StoredForm(AdapterState):
         info = (self.pruning_config[adapter_name].mask_info or {})[self.module_name]
         return tuple(info["block"]) if "block" in info else None
 
-    def finalize(self, adapter_name: str) -> dict[str, Any]:
-        """Replace what is trained by mask and values in their stored form, and return what the config records."""
+    def final_form(self, adapter_name: str) -> FinalForm:
+        """Mask and values of an adapter in their stored form. Nothing is changed yet.
+
+        Raises:
+            ValueError: a value cannot be stored, the layer is merged.
+        """
         block, config = self.block(adapter_name), self.pruning_config[adapter_name]
-        matrix = self.adapted(adapter_name, self.matrix).detach() if config.stores_values else None
+        if config.gated:  # scores have moved since the mask was found, and gates follow from the scores alone
+            self.renew(adapter_name)
         mask = self.get_mask(adapter_name)
         # the zeros of a base may be parts of blocks
         whole = block != (1, 1) and not config.from_existing_zeros
-        info = self.set_mask(adapter_name, mask, block if whole else None)
-        if matrix is not None:
-            info |= self.set_values(adapter_name, matrix, mask, config.value_dtype)
+        info, stored = self.stored_form(mask, block if whole else None)
+        if not config.stores_values:
+            return FinalForm(info, stored)
+        matrix = self.adapted(adapter_name, self.matrix).detach()
+        try:
+            values = encode_values(matrix, mask, config.value_dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.module_name!r}: {error}") from error
+        return FinalForm(info | {"values": describe_values(values, config.value_dtype)}, stored, values)
+
+    def become_final(self, adapter_name: str, form: FinalForm) -> None:
+        """Replace what is trained by what [`final_form`] has made."""
         # what FSDP and DeepSpeed manage is theirs to take away; it is no longer read, and not saved
         trained = () if adapter_name in self.shards else self.adapter_layer_names
         for name in (*trained, self.prefix + "progress", "penalty_grad"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
-        return info
+        if form.values is not None:
+            self.values[adapter_name] = form.values.to(self.weight.device)
+        self.set_mask(adapter_name, form.mask)
 
-    def set_mask(
-        self, adapter_name: str, mask: torch.Tensor, block: Optional[tuple[int, int]] = None
-    ) -> dict[str, Any]:
-        """Give an adapter its final mask, and return what the config records of it.
-
-        Args:
-            adapter_name (`str`): the adapter.
-            mask (`torch.Tensor`): bool, shape (out, in).
-            block (`tuple[int, int]`, *optional*): rows and columns of the blocks that the mask keeps or removes whole.
-        """
-        info, stored = self.stored_form(mask, block)
-        self._masks.pop(adapter_name, None)
+    def set_mask(self, adapter_name: str, stored: torch.Tensor) -> None:
+        """Give an adapter its final mask, in its stored form."""
         self.mask[adapter_name] = stored.to(self.weight.device)
-        return info
-
-    def set_values(self, adapter_name: str, matrix: torch.Tensor, mask: torch.Tensor, dtype: str) -> dict[str, Any]:
-        """Give an adapter its kept values, those of a matrix (out, in), and return what the config records of them."""
-        stored = encode_values(matrix, mask, dtype)
+        if adapter_name in self.held("bits"):
+            del self.held("bits")[adapter_name]
+        self._masks.pop(adapter_name, None)
         self._values.pop(adapter_name, None)
-        self.values[adapter_name] = stored.to(self.weight.device)
-        return {"values": describe_values(stored, dtype)}
+        self.cached_weight.clear()
+        self.mask_bits(adapter_name)  # now, so that compiled forward passes find it
 
     def stored_form(
         self, mask: torch.Tensor, block: Optional[tuple[int, int]] = None

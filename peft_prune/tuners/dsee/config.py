@@ -130,6 +130,11 @@ class DSEEConfig(PruningConfig):
         return self.lora_alpha / self.r
 
     @property
+    def expects_removal(self) -> bool:  # type: ignore[override]
+        """Whether anything was asked to go."""
+        return bool(self.sparsity or self.update_sparsity or self.structured)
+
+    @property
     def learns_scores(self) -> bool:
         """Whether scores are trained."""
         return False

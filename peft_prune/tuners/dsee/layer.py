@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...masks.codec import MaskFormatError, pack_mask, unpack_mask
+from ...masks.codec import MaskFormatError
 from ...masks.decomposition import decompose
 from ..layer import PruningLayer
 from ..linear import PrunedLinear, PrunedLinearConv1D
 from ..quantized import PrunedQuantizedLinear
 from ..schedule import sparsity
+from ..stored_form import FinalForm
 from ..watch import warn_once
 from .config import DSEEConfig
 from .prune import check_units, prune_once
@@ -25,12 +26,13 @@ class DSEELayer(PruningLayer):
 
     Of an adapter a layer that is updated holds `A` (r, in), `B` (rows, r), `sparse` (num_sparse,) and `support`, the
     flat positions of these (int64); `rows` are all rows of the matrix, or of a fused one those of queries and values.
-    Until the mask is final, a layer holds `bits` (uint8, packed).
     """
 
-    trained_names = (*PruningLayer.trained_names, "A", "B", "sparse")
+    updates = ("A", "B", "sparse")
+    trained_names = (*PruningLayer.trained_names, *updates)
     watched_names = ("B",)  # while it is 0, A does not move
-    stored_names = (*PruningLayer.stored_names, "support", "bits")
+    stored_names = (*PruningLayer.stored_names, "support")
+    derived_names = ()
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -63,9 +65,7 @@ class DSEELayer(PruningLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_trained(self, name: str, config: Any) -> None:
-        device = self.weight.device
-        self.progress[name] = torch.tensor([-1, 0, self.matrix.numel()], dtype=torch.int64, device=device)
-        self.held("bits")[name] = pack_mask(torch.ones(self.shape, dtype=torch.bool, device=device))
+        self._add_progress(name, self.matrix.numel())
 
     def check_stored_tensor(self, name: str, kind: str, found: torch.Tensor) -> None:
         """Places of the sparse part have to lie in the matrix."""
@@ -90,27 +90,13 @@ class DSEELayer(PruningLayer):
             prune_once(model, name)
         for layer in layers:
             layer.set_kept(name, None, step, total_steps)
-            layer.mask_bits(name)
         return {"sparsity": sparsity(layers, name), "penalty_lambda": 0.0}
 
-    def set_bits(self, name: str, mask: torch.Tensor) -> None:
-        """Prune: from here on, the mask (bool, shape (out, in)) is in force."""
-        self.held("bits")[name].copy_(pack_mask(mask))
-        self.progress[name][2] = int(mask.sum())
-        self.progress[name][0].clamp_(min=0)  # pruned by hand, no schedule has to be advanced
+    def renew(self, adapter_name: str) -> None:
+        """Nothing to do: the mask is found once, by [`prune_once`]."""
 
-    def _mask_sources(self, adapter_name: str) -> tuple[torch.Tensor, ...]:
-        if adapter_name in self.held("bits"):
-            return (self.held("bits")[adapter_name],)
-        return super()._mask_sources(adapter_name)
-
-    def _compute_mask(self, adapter_name: str) -> torch.Tensor:
-        if adapter_name in self.held("bits"):
-            return unpack_mask(self.held("bits")[adapter_name], self.shape)
-        return super()._compute_mask(adapter_name)
-
-    def finalize(self, adapter_name: str) -> dict[str, Any]:
-        """Make the mask final; the update stays as it is."""
+    def final_form(self, adapter_name: str) -> FinalForm:
+        """The mask in its stored form; the update stays as it is."""
         config = cast(DSEEConfig, self.pruning_config[adapter_name])
         step, total, _ = self.progress[adapter_name].tolist()
         if step < config.prune_at * total or step < 0:
@@ -119,10 +105,19 @@ class DSEELayer(PruningLayer):
                 f"The DSEE adapter {adapter_name!r} was never pruned: its schedule stands at step {step} of {total}. "
                 "Train on, or call peft_prune.prune_once(model) first.",
             )
-        info = self.set_mask(adapter_name, self.get_mask(adapter_name))
-        for kind in ("bits", "progress"):
-            del self.held(kind)[adapter_name]
-        return info
+        for kind in self.updates:
+            if adapter_name in self.held(kind) and not bool(torch.isfinite(self.held(kind)[adapter_name]).all()):
+                raise ValueError(
+                    f"{self.module_name!r}: the update's {kind} holds values that are not finite. Training has diverged: "
+                    "lower the learning rate, or go back to an earlier checkpoint."
+                )
+        info, stored = self.stored_form(self.get_mask(adapter_name))
+        return FinalForm(info, stored)
+
+    def become_final(self, adapter_name: str, form: FinalForm) -> None:
+        """Replace the mask of training by the final one."""
+        del self.progress[adapter_name]
+        self.set_mask(adapter_name, form.mask)
 
     # ----------------------------------------------------------------- forward
 

@@ -32,11 +32,12 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     Raises:
         ValueError: there is no such adapter.
     """
-    # only DSEE's layers hold bits
-    layers: list[Any] = [layer for layer in pruning_layers(model) if "bits" in layer.stored_names]
+    layers: list[Any] = pruning_layers(model)
     name = adapter_name or (layers[0].active_adapters[0] if layers else "")
     model = _unwrapped(model)
-    waiting = [layer for layer in layers if name in layer.held("bits")]
+    waiting = [
+        layer for layer in layers if isinstance(layer.pruning_config.get(name), DSEEConfig) and name in layer.progress
+    ]
     if not waiting:
         raise ValueError(f"prune_once: adapter_name={adapter_name!r} is no DSEE adapter that is not final.")
     config = cast(DSEEConfig, waiting[0].pruning_config[name])
@@ -46,7 +47,9 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
     with all_gathered(waiting):
         masks = _choose(model, name, config, waiting, pruned)
     for layer in waiting:
-        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
+        mask = masks[layer.module_name].to(layer.weight.device)
+        layer.set_kept(name, int(mask.sum()), max(0, layer.steps(name)[0]), layer.steps(name)[1])
+        layer.set_bits(name, mask)
     return sparsity(cast(Any, pruned), name)
 
 

@@ -145,19 +145,19 @@ def _set_masks(
     sites: dict[str, Site],
     kept: dict[str, torch.Tensor],
 ) -> None:
-    info = {}
+    info, stored = {}, {}
     size = left = 0
     for path, layer in layers.items():
         site, (out_features, in_features) = sites[path], layer.shape
         columns = torch.zeros(in_features, dtype=torch.bool)
         columns[site.columns[kept[path]].flatten()] = True
         mask = columns.expand(out_features, in_features).contiguous()
-        info[layer.module_name] = layer.set_mask(name, mask, (out_features, site.width))
+        info[layer.module_name], stored[path] = layer.stored_form(mask, (out_features, site.width))
         size, left = size + mask.numel(), left + int(columns.sum()) * out_features
     config.mask_info, config.mask_format, config.finalized = info, VERSION, True
     config.sparsity = 1.0 - left / size
-    for layer in layers.values():
-        layer.get_mask(name)  # now, so that compiled forward passes find it
+    for path, layer in layers.items():
+        layer.set_mask(name, stored[path])
 
 
 def _shares(plans: list[Plan], kept: dict[str, torch.Tensor]) -> dict[str, float]:
