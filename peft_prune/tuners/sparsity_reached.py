@@ -30,7 +30,7 @@ def reachable_sparsity(name: str, layers: list[PruningLayer]) -> float:
 
 
 def differs(one: float, other: float, name: str, layers: list[PruningLayer]) -> bool:
-    """Whether two sparsities lie more than a unit apart, and more than matrices that are rounded one by one add up to."""
+    """Whether two sparsities lie more than a unit apart, and more than rounding each matrix adds up to."""
     unit = max(math.prod(layer.block(name)) for layer in layers)
     total = sum(math.prod(layer.shape) for layer in layers)
     return abs(one - other) * total > unit and abs(one - other) > 2e-3
@@ -39,8 +39,8 @@ def differs(one: float, other: float, name: str, layers: list[PruningLayer]) -> 
 def unreachable(config: Any) -> str:
     """Why a target cannot be met, and what to do."""
     return (
-        f"granularity={config.granularity!r} removes whole units, at least one of each matrix stays, and so no sparsity "
-        "nearer to it can be had. Use a finer granularity, or ask for what can be reached"
+        f"granularity={config.granularity!r} removes whole units, and at least one of each matrix stays, so no "
+        "sparsity nearer to it can be had. Use a finer granularity, or ask for what can be reached"
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import DEFAULT_SPARSITY, PruningConfig
 from ..masks.bits import pack_bits, unpack_bits
-from ..masks.codec import load_mask, packed_size, stored_size
+from ..masks.codec import load_mask, stored_size
 from ..masks.device import on_cpu
 from ..masks.granularity import Granularity, parse_granularity, pool, spread
 from ..masks.importance import initial_scores

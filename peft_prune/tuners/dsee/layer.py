@@ -108,8 +108,8 @@ class DSEELayer(PruningLayer):
         for kind in self.updates:
             if adapter_name in self.held(kind) and not bool(torch.isfinite(self.held(kind)[adapter_name]).all()):
                 raise ValueError(
-                    f"{self.module_name!r}: the update's {kind} holds values that are not finite. Training has diverged: "
-                    "lower the learning rate, or go back to an earlier checkpoint."
+                    f"{self.module_name!r}: the update's {kind} holds values that are not finite. Training has "
+                    "diverged: lower the learning rate, or go back to an earlier checkpoint."
                 )
         info, stored = self.stored_form(self.get_mask(adapter_name))
         return FinalForm(info, stored)
