@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ..masks.selection import compile_selection
 from ..report.summary import by_kind, layer_densities
+from ..tuners.distributed import refuse_data_parallel
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
 from ..tuners.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
@@ -43,7 +44,8 @@ class PruningCallback(TrainerCallback):
             [`peft_prune.finalize`] is yours to call.
 
     Raises:
-        ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores.
+        ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores, or if
+            `Trainer` spreads it over several GPUs by `DataParallel`.
     """
 
     def __init__(self, finalize_at_end: bool = True) -> None:
@@ -56,6 +58,7 @@ class PruningCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the adapters, and set the schedule to where training begins or is resumed."""
+        refuse_data_parallel(model, gpus=getattr(args, "n_gpu", 1))
         if not trained_adapters(model):
             raise ValueError(f"PruningCallback has nothing to train: {why_nothing_trains(model)}")
         for layer in pruning_layers(model):

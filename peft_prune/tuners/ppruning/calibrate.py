@@ -15,7 +15,7 @@ from ...structure.clustering import column_similarity, head_similarity, least_fi
 from ...structure.flops import unit_macs
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
-from ..distributed import agreed, refuse_sharded
+from ..distributed import agreed, refuse_data_parallel, refuse_sharded
 from ..layer import PruningLayer, pruning_layers
 from ..own_config import own_config
 from .config import PPruningConfig
@@ -40,9 +40,10 @@ def calibrate(
         `dict[str, float]`: shares that stay: `flops`, `heads` and `neurons`.
 
     Raises:
-        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, or the budget
-            cannot be met.
+        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, the model is
+            wrapped by `DataParallel`, or the budget cannot be met.
     """
+    refuse_data_parallel(model)
     name, layers = _uncalibrated(model, adapter_name)
     config = cast(PPruningConfig, layers[0].pruning_config[name])
     if any(layer.merged for layer in layers):
