@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 from . import __version__
 from .masks.codec import MaskFormatError
+from .names import one_line
 
 
 _EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
@@ -33,14 +34,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = _parser().parse_args(argv)
     try:
         answer, show = args.function(args)
+        if args.json:
+            print(json.dumps(answer, indent=2))
+        else:
+            show()
     except MaskFormatError as error:
         return _fail(args, 1, error)
     except Exception as error:  # a command line prints an error, not a traceback
         return _fail(args, 2, error)
-    if args.json:
-        print(json.dumps(answer, indent=2))
-    else:
-        show()
     return 0
 
 
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> Answer:
-    from .report.adapter_file import read_adapter
+    from .report.adapter_file import read_adapter, size_of_masks
     from .report.summary import by_kind, density_table
 
     adapter = read_adapter(args.adapter)
@@ -110,19 +111,25 @@ def _inspect(args: argparse.Namespace) -> Answer:
     }
 
     def show() -> None:
-        from rich.console import Console
-
-        console = Console()
-        console.print(density_table(adapter.rows))
+        _print_table(density_table(adapter.rows))
         for key in ("method", "base_model", "granularity", "allocation", "format"):
-            console.print(f"{key:14} {answer[key]}")
-        share = adapter.mask_bytes / max(adapter.entropy_bytes, 1)
-        console.print(f"masks          {adapter.mask_bytes:,} bytes, {share:.3f} of the entropy of independent bits")
+            print(f"{key:14} {one_line(answer[key])}")
+        print(f"masks          {size_of_masks(adapter)}")
         if adapter.value_bytes:
-            console.print(f"kept values    {adapter.value_bytes:,} bytes, {config.value_dtype}")
-        console.print(f"other modules  {adapter.other_bytes:,} bytes")
+            print(f"kept values    {adapter.value_bytes:,} bytes, {config.value_dtype}")
+        print(f"other modules  {adapter.other_bytes:,} bytes")
 
     return answer, show
+
+
+def _print_table(table: Any) -> None:
+    """Print a table, as wide as it is where it goes to a file or to another program."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def _diff(args: argparse.Namespace) -> Answer:
@@ -170,7 +177,7 @@ def _diff(args: argparse.Namespace) -> Answer:
 
 def _shortened(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "none"
+    return ", ".join(map(one_line, names[:most])) + more if names else "none"
 
 
 def _verify(args: argparse.Namespace) -> Answer:
@@ -182,7 +189,7 @@ def _verify(args: argparse.Namespace) -> Answer:
         adapter.mask(name)
     load_with_base(adapter, args.base)
     answer = {"ok": True, "masks": len(adapter.tensors), "base": args.base or adapter.config.base_model_name_or_path}
-    return answer, lambda: print(f"{len(adapter.tensors)} masks are whole and fit {answer['base']}")
+    return answer, lambda: print(f"{len(adapter.tensors)} masks are whole and fit {one_line(answer['base'])}")
 
 
 def _export(args: argparse.Namespace) -> Answer:

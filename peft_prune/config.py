@@ -17,6 +17,7 @@ from .config_checks import (
     check_stored_form,
     check_targets,
     check_training,
+    plain,
 )
 from .masks.codec import VERSION
 from .masks.granularity import NMGranularity, parse_granularity
@@ -195,12 +196,14 @@ class PruningConfig(PeftConfig):
         check_schedule(self)
         check_training(self)
         check_stored_form(self)
-        for name in ("total_steps", "score_rank", "mask_interval"):
-            if getattr(self, name) is not None:
-                setattr(self, name, int(getattr(self, name)))  # NumPy's whole numbers are none to JSON
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # whatever the field, and whenever it is set: JSON cannot write NumPy's numbers, and tells only after training
+        super().__setattr__(name, plain(value))
 
     def _refuse_sparsity(self, density: Optional[float], why: str) -> None:
         """For methods that find the sparsity: 0 until it is known, and never given."""
+        density = plain(density)
         asked = density is not None and not isinstance(density, _Derived)
         if not self.finalized and (asked or self.sparsity not in (None, 0.0)):
             given = f"density={density!r}" if asked else f"sparsity={self.sparsity!r}"
@@ -209,6 +212,7 @@ class PruningConfig(PeftConfig):
             self.sparsity = 0.0
 
     def _resolve_sparsity(self, density: Optional[float]) -> None:
+        density = plain(density)
         if isinstance(density, _Derived) and self.sparsity is not None:
             density = None  # dataclasses.replace hands on what it read
         if density is not None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from .masks.allocation import ALLOCATIONS
 from .masks.codec import READABLE, is_mask_info
 from .masks.importance import SCORE_INITS
 from .masks.schedule import CURVES
+
+
+def plain(value: Any) -> Any:
+    """A value without NumPy in it, inside lists, tuples, sets and dicts too: what JSON can write."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if type(value) is dict:
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(entry) for entry in value)
+    return value
 
 
 def check_number(name: str, value: Any, low: float, high: float, fix: str, open_high: bool = False) -> None:
@@ -28,7 +40,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raise `ValueError` if a field is no whole number, or less than the least one."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least}.")
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .names import code
+
 
 BEGIN, END = "<!-- peft_prune:begin -->", "<!-- peft_prune:end -->"
 HEADING = "## How to Get Started with the Model"
@@ -39,7 +41,8 @@ def loading_instructions(config: Any) -> str:
 
 
 def _what_it_is(config: Any, method: str) -> str:
-    base = config.base_model_name_or_path or "the base model"
+    name = config.base_model_name_or_path
+    base = code(name) if name else "the base model"
     how = f"({method}, granularity `{config.granularity}`, allocation `{config.allocation}`)"
     if config.finalized:
         return f"This adapter prunes {base} to a sparsity of {_percent(_final_sparsity(config))} {how}."

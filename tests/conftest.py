@@ -6,8 +6,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,11 +19,20 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.integrations import peft as transformers_peft
 
 from peft_prune.tuners import watch
 
 
 torch.set_num_threads(1)
+
+# Transformers 5.24 wants PEFT 0.22 for `model.add_adapter`, `set_adapter` and the like; PEFT's own functions work
+WANTED_PEFT = getattr(transformers_peft, "MIN_PEFT_VERSION", "0")
+OLD_PEFT = Version(peft.__version__) < Version(WANTED_PEFT)
+needs_adapters_of_transformers = pytest.mark.skipif(
+    OLD_PEFT,
+    reason=f"model.add_adapter of this Transformers wants PEFT {WANTED_PEFT} or newer",
+)
 
 BERT = {
     "vocab_size": 120,

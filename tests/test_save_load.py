@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_masked_lm, snapshot
+from conftest import BERT_TARGET_WEIGHTS, OLD_PEFT, logits, make_bert, make_gpt2, make_masked_lm, snapshot
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -58,8 +58,9 @@ def test_loads_by_every_road(tmp_path, batch, final, make):
     by_transformers = make()
     by_transformers.load_adapter(str(tmp_path), adapter_name="mask")
     assert torch.equal(logits(by_transformers, batch), expected)
-    by_transformers.disable_adapters()
-    assert torch.equal(logits(by_transformers, batch), dense)
+    if not OLD_PEFT:
+        by_transformers.disable_adapters()
+        assert torch.equal(logits(by_transformers, batch), dense)
     config = by_peft.peft_config["default"]
     injected = inject_adapter_in_model(config, make())
     set_peft_model_state_dict(injected, get_peft_model_state_dict(by_peft))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, make_bert, make_gpt2, make_llama
+from conftest import logits, make_bert, make_gpt2, make_llama, needs_adapters_of_transformers
 from methods import METHODS, TRAINED, adapter, advance, config
 from peft import (
     AutoPeftModelForSequenceClassification,
@@ -298,6 +298,7 @@ def test_targets_that_match_nothing_are_told(method, fields, message):
 # ---------------------------------------------------------- ways into PEFT and out
 
 
+@needs_adapters_of_transformers
 @pytest.mark.parametrize("method", METHODS)
 def test_inject_and_transformers_own_methods(method, tmp_path, batch):
     base = make_bert()
@@ -359,12 +360,18 @@ def test_other_methods_on_one_peft_model_are_refused(method):
         get_peft_model(make_bert(), LoraConfig(target_modules=["query"]), mixed=True).add_adapter("p", config(method))
     with pytest.raises(ValueError, match="different peft types"):
         get_peft_model(make_bert(), LoraConfig(target_modules=["query"])).add_adapter("p", config(method))
+
+
+@needs_adapters_of_transformers
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_below_a_lora_is_refused(method):
     model = make_bert()
     model.add_adapter(LoraConfig(target_modules=["output.dense", "query"]), "lora")
     with pytest.raises(TypeError, match="adapted already, by peft.tuners.lora"):
         model.add_adapter(config(method), "p")
 
 
+@needs_adapters_of_transformers
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_on_top_of_a_mask(method, batch):
     """Through Transformers' own `add_adapter`, the mask first; the same as a LoRA on the merged model."""

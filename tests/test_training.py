@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2, snapshot
+from conftest import logits, make_bert, make_gpt2, needs_adapters_of_transformers, snapshot
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from test_layer import prune, randomize_scores
@@ -443,6 +443,7 @@ def test_wrong_use_is_told(tmp_path):
         PruningTrainer(model=smp_bert(), args=arguments(tmp_path), distillation_temperature=0)
 
 
+@needs_adapters_of_transformers
 def test_works_after_inject_and_add_adapter(batch):
     injected = inject_adapter_in_model(SMPConfig(sparsity=0.9), make_gpt2())
     added = make_gpt2()

@@ -15,8 +15,8 @@ from .warm_start import LastThreshold
 # Odd, so multiplying by it modulo 2**32 is a bijection; close to 2**32 / golden ratio, so neighbours land far apart.
 _SCRAMBLE = 2654435761
 _NAN = (
-    "The scores hold NaN, so they cannot be ranked. Training has diverged: lower the score learning rate or clip "
-    "gradients."
+    "The scores hold NaN, so they cannot be ranked. Either training has diverged (lower the score learning rate, or "
+    "clip gradients), or base weights that were loaded after the adapter was added hold NaN or infinity."
 )
 
 _on_device = radix_topk

@@ -65,6 +65,13 @@ class AdapterFile:
         return load_mask(name, self.tensors[name], info, self.config.mask_format)
 
 
+def size_of_masks(adapter: AdapterFile) -> str:
+    """Bytes of all masks in words, compared with the entropy where there is any: a dense mask has none."""
+    share = adapter.mask_bytes / adapter.entropy_bytes if adapter.entropy_bytes >= 1 else math.inf
+    of = f", {share:.3f} times the entropy of independent bits" if share < 10 else ""
+    return f"{adapter.mask_bytes:,} bytes{of}"
+
+
 def binary_entropy(p: float) -> float:
     """Bits of a bit that is set with probability `p`."""
     return 0.0 if p in (0, 1) else -p * math.log2(p) - (1 - p) * math.log2(1 - p)

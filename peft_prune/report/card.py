@@ -9,7 +9,8 @@ from typing import Optional
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..model_card import HEADING, is_as_saved, loading_instructions, put_block
-from .adapter_file import AdapterFile, read_adapter
+from ..names import code
+from .adapter_file import AdapterFile, read_adapter, size_of_masks
 from .plots import density_figure
 from .summary import by_kind
 
@@ -21,7 +22,7 @@ def density_markdown(adapter: AdapterFile) -> str:
     """Density by kind as a Markdown table."""
     lines = ["| kind | weights | kept | density | lowest | highest |", "|---|---:|---:|---:|---:|---:|"]
     for kind, size, kept, lowest, highest in by_kind(adapter.rows):
-        lines.append(f"| {kind} | {size:,} | {kept:,} | {kept / size:.4f} | {lowest:.4f} | {highest:.4f} |")
+        lines.append(f"| {code(kind)} | {size:,} | {kept:,} | {kept / size:.4f} | {lowest:.4f} | {highest:.4f} |")
     return "\n".join(lines)
 
 
@@ -82,11 +83,10 @@ def _block(adapter: AdapterFile, evaluation: Optional[Mapping[str, float]], data
         loading_instructions(adapter.config),
         "## What it keeps\n",
         density_markdown(adapter) + "\n",
-        f"The masks take {adapter.mask_bytes:,} bytes ({adapter.mask_bytes / max(adapter.entropy_bytes, 1):.3f} of the "
-        f"entropy of independent bits); {adapter.other_bytes:,} bytes more are modules trained in full.\n",
+        f"The masks take {size_of_masks(adapter)}. Modules trained in full take {adapter.other_bytes:,} bytes.\n",
         f"![Weights kept by block and kind]({PICTURE})\n",
     ]
     if evaluation:
-        parts.append(f"## Evaluation\n\nAs given by the author{f', on {dataset}' if dataset else ''}:\n")
-        parts.append("\n".join(f"- {name}: {value:g}" for name, value in evaluation.items()) + "\n")
+        parts.append(f"## Evaluation\n\nAs given by the author{f', on {code(dataset)}' if dataset else ''}:\n")
+        parts.append("\n".join(f"- {code(f'{name}: {value:g}')}" for name, value in evaluation.items()) + "\n")
     return "\n".join(parts)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, cast
 
@@ -22,6 +26,7 @@ _CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 # where architectures have the matrix that makes the logits of classes
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight", "score.weight")
 
@@ -54,8 +59,35 @@ def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> tuple[Pe
     labels = _number_of_labels(adapter)
     # a head of the base's own, with another number of labels, makes room for the one that the adapter holds
     kwargs = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
-    model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    return PeftModel.from_pretrained(model, adapter.source), _not_stored(loading, adapter)
+    with _loading_report_held_back() as held_back:
+        model, loading = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        random = _not_stored(loading, adapter)
+        if not random:
+            held_back.clear()
+    return PeftModel.from_pretrained(model, adapter.source), random
+
+
+@contextmanager
+def _loading_report_held_back() -> Iterator[list[logging.LogRecord]]:
+    """Hold back Transformers' report on what a checkpoint lacks; what is left in the list is logged at the end.
+
+    It calls a classifier missing which the adapter is about to bring.
+    """
+    held_back: list[logging.LogRecord] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            held_back.append(record)
+        return not is_report
+
+    _TRANSFORMERS.addFilter(passes)
+    try:
+        yield held_back
+    finally:
+        _TRANSFORMERS.removeFilter(passes)
+        for record in held_back:
+            _TRANSFORMERS.handle(record)
 
 
 def _not_stored(loading: dict[str, Any], adapter: AdapterFile) -> list[str]:
@@ -89,9 +121,11 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         `str`: what was written.
 
     Raises:
-        ValueError: the model is not whole, such as without a trained head, or cannot be made smaller.
+        ValueError: `output` is the base model's or the adapter's folder, the model is not whole, such as without a
+            trained head, or cannot be made smaller.
         ImportError: a package that the export needs is not installed.
     """
+    check_output(output, [base, adapter.config.base_model_name_or_path, adapter.source])
     if to == "onnx" and importlib.util.find_spec("onnx") is None:  # told before any work
         raise ImportError("--to onnx needs the package onnx, which is not installed: pip install 'peft_prune[onnx]'")
     if adapter.config.verbalizer:
@@ -115,6 +149,39 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         return export_onnx(model, Path(output) / "model.onnx")
     model.save_pretrained(output)
     return output
+
+
+def check_output(output: str, sources: list[Optional[str]]) -> None:
+    """Raise `ValueError` if a folder cannot be written without harm to a model or adapter that is read.
+
+    Args:
+        output (`str`): folder to write; it need not exist.
+        sources (`list[str]`): folders that are read, under any name; Hub ids are left out.
+    """
+    target = Path(os.path.realpath(output))
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output={output!r} is a file. Name a folder.")
+    files = {(s.st_dev, s.st_ino): path for path in target.glob("*") if path.is_file() and (s := path.stat())}
+    for source in filter(None, sources):
+        folder = Path(source)
+        if not folder.is_dir():
+            continue
+        if target.is_dir() and target.samefile(folder):
+            raise ValueError(
+                f"output={output!r} is the folder of {source!r}, which would be lost. Name another folder."
+            )
+        for path in folder.glob("*"):
+            link = files.get((path.stat().st_dev, path.stat().st_ino)) if path.is_file() else None
+            if link is not None:
+                raise ValueError(
+                    f"output={output!r} holds {link.name!r}, a link to {str(path)!r}, which would be lost. Name "
+                    "another folder."
+                )
+    if (target / "adapter_config.json").exists():
+        raise ValueError(
+            f"output={output!r} holds an adapter, which Transformers would load on top of the model. Name another "
+            "folder."
+        )
 
 
 class _Tensors(torch.nn.Module):

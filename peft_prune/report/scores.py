@@ -71,5 +71,5 @@ def _histogram(axes: Axes, kind: str, matrices: list[tuple[np.ndarray, np.ndarra
     thresholds = [float(scores[mask].min()) for scores, mask in matrices if mask.any() and not mask.all()]
     for i, threshold in enumerate(thresholds):
         axes.axvline(threshold, color="tab:red", linewidth=0.8, label="" if i else "thresholds")
-    axes.set_title(f"{kind}: {100 * len(kept) / (len(kept) + len(removed)):.1f} % kept", fontsize=9)
+    axes.set_title(f"{kind}: {100 * len(kept) / (len(kept) + len(removed)):.1f} % kept", fontsize=9, parse_math=False)
     axes.set_xlabel("score")

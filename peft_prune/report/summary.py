@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torch import nn
 
+from ..names import one_line
 from ..tuners.layer import PruningLayer, pruning_layers
 from ..tuners.schedule import module_kind
 
@@ -115,14 +116,16 @@ def by_kind(rows: list[LayerDensity]) -> list[tuple[str, int, int, float, float]
 def density_table(rows: list[LayerDensity]) -> Table:
     """[`by_kind`] as a `rich` table."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="Weights kept")
-    table.add_column("kind", no_wrap=True)
+    table.add_column("kind", overflow="fold")  # in a narrow terminal names go on in the next line, and numbers stay
     for heading in ("weights", "kept", "density", "lowest", "highest"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for kind, size, kept, lowest, highest in by_kind(rows):
         if kind == "all":
             table.add_section()
         numbers = (f"{size:,}", f"{kept:,}", f"{kept / size:.4f}", f"{lowest:.4f}", f"{highest:.4f}")
-        table.add_row(kind, *numbers, style="bold" if kind == "all" else None)
+        # as text: a table of strings would read markup out of a name, such as [0]
+        table.add_row(Text(one_line(kind)), *numbers, style="bold" if kind == "all" else None)
     return table

@@ -77,5 +77,6 @@ def plot_training(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     density.set_ylabel("density")
     density.set_xlabel("step")
     if density.lines:
-        density.legend(fontsize=7)
+        for text in density.legend(fontsize=7).get_texts():
+            text.set_parse_math(False)  # a $ in a name is no formula
     return figure

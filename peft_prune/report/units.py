@@ -83,13 +83,14 @@ def units_table(model: nn.Module, adapter_name: Optional[str] = None) -> Table:
         adapter_name (`str`, *optional*): by default the active adapter.
     """
     from rich.table import Table
+    from rich.text import Text
 
     counts = units_alive(model, adapter_name)
     places = list(dict.fromkeys((c.place, c.kind) for c in counts))
     table = Table(title="Heads and neurons alive")
     table.add_column("block", no_wrap=True)
     for place, kind in places:
-        table.add_column(f"{kind}\n{place}", justify="right")
+        table.add_column(Text(f"{kind}\n{place}"), justify="right")  # as text, so that no markup is read out of names
 
     def cells(group: list[UnitCount]) -> list[str]:
         of_place = [[c for c in group if (c.place, c.kind) == entry] for entry in places]

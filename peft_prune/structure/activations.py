@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 
 class TokenReservoir:
@@ -113,7 +113,7 @@ def collect_inputs(
     device = next(model.parameters()).device
     seen = 0
     with _recording(model, {recorders[name]: module for name, (module, _) in modules.items()}):
-        with tqdm(total=num_samples, desc="calibrate", unit="example") as bar:
+        with tqdm(total=num_samples, desc="calibrate: run the model", unit="example") as bar:
             for batch in dataloader:
                 inputs = _model_inputs(model, batch, device)
                 counts = (_real_tokens(model, inputs), _decoder_tokens(model, inputs))

@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 
 from ..masks.selection import compile_selection
 from ..report.summary import by_kind, layer_densities
+from ..report.training import DENSITY
+from ..tuners.distributed import refuse_data_parallel
 from ..tuners.finalize import finalize
 from ..tuners.layer import pruning_layers
 from ..tuners.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
@@ -32,6 +34,11 @@ def _warn_about_score_lr(model: Any, optimizer: Any) -> None:
                 )
 
 
+def without_densities(logs: dict[str, float]) -> dict[str, float]:
+    """What is logged, without the densities: a line that can be read while training runs."""
+    return {name: value for name, value in logs.items() if not name.startswith(DENSITY)}
+
+
 class PruningCallback(TrainerCallback):
     """Advances sparsity and penalty after each optimizer step, logs them, and finalizes the masks at the end.
 
@@ -43,7 +50,8 @@ class PruningCallback(TrainerCallback):
             [`peft_prune.finalize`] is yours to call.
 
     Raises:
-        ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores.
+        ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores, or if
+            `Trainer` spreads it over several GPUs by `DataParallel`.
     """
 
     def __init__(self, finalize_at_end: bool = True) -> None:
@@ -56,6 +64,7 @@ class PruningCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the adapters, and set the schedule to where training begins or is resumed."""
+        refuse_data_parallel(model, gpus=getattr(args, "n_gpu", 1))
         if not trained_adapters(model):
             raise ValueError(f"PruningCallback has nothing to train: {why_nothing_trains(model)}")
         for layer in pruning_layers(model):
@@ -84,29 +93,35 @@ class PruningCallback(TrainerCallback):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def report(self, model: Any) -> dict[str, float]:
-        """Sparsity, λ, penalty and the density of each kind of matrix at present: what is logged.
+        """Sparsity, penalty and the density of each kind of matrix at present: what is logged.
 
         Returns:
-            `dict[str, float]`: `sparsity`, `penalty_lambda`, `penalty`, and for each kind of matrix `density/` and its
-            name, such as `density/attention.self.query`. Sparsity and densities are those of the first active adapter.
+            `dict[str, float]`: `sparsity`; `penalty_lambda` and `penalty` if a config has a penalty; and for each kind
+            of matrix `density/` and its name, such as `density/attention.self.query`. Sparsity and densities are those
+            of the first active adapter.
         """
+        last = {key: float(value) for key, value in self.last.items()}  # waits for a device that has not counted yet
         adapters = trained_adapters(model)
+        configs = [layers[0].pruning_config[name] for name, layers in adapters.items()]
+        if any(config.penalty and config.learns_scores for config in configs):
+            last["penalty"] = penalty(model)
+        else:
+            last.pop("penalty_lambda", None)
         if not adapters:
-            return self._last() | {"penalty": 0.0}
+            return last
         kinds = by_kind(layer_densities(model, next(iter(adapters))))[:-1]  # the last is all of them together
-        densities = {f"density/{kind}": kept / size for kind, size, kept, *_ in kinds}
-        return self._last() | {"penalty": penalty(model)} | densities
-
-    def _last(self) -> dict[str, float]:
-        return {key: float(value) for key, value in self.last.items()}  # waits for a device that has not counted yet
+        return last | {f"{DENSITY}{kind}": kept / size for kind, size, kept, *_ in kinds}
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: Any = None, logs: Optional[dict] = None, **kwargs: Any
     ) -> None:
-        """Add sparsity, penalty and densities to what is logged; `PruningTrainer` has done so for all callbacks."""
+        """Add sparsity and penalty to what is logged, and densities to `state.log_history`.
+
+        `PruningTrainer` has done so before, and for all callbacks.
+        """
         if logs is not None and "loss" in logs and "sparsity" not in logs:
             report = self.report(model)
-            logs.update(report)
+            logs.update(without_densities(report))  # which callbacks that come later may print
             if state.log_history and "loss" in state.log_history[-1]:
                 state.log_history[-1].update(report)
 

@@ -8,12 +8,12 @@ from typing import Any, Optional, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..config import PruningConfig
 from ..model_card import add_loading_instructions
-from .callback import PruningCallback
+from .callback import PruningCallback, without_densities
 from .distillation import distillation_loss
 from .optimizer import pruning_parameter_groups
 
@@ -33,6 +33,16 @@ def _divides_by_item_count(model: Any) -> bool:
     except (OSError, TypeError):  # a class made at run time
         return True
     return "loss_function" in source or "num_items_in_batch" in source
+
+
+def _print_less(callback: Any) -> None:
+    """Have a callback that prints what is logged leave out the densities, one for each kind of matrix."""
+    on_log = callback.on_log
+
+    def shorter(args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        return on_log(args, state, control, logs=without_densities(logs or {}), **kwargs)
+
+    callback.on_log = shorter
 
 
 class PruningTrainer(Trainer):
@@ -89,9 +99,15 @@ class PruningTrainer(Trainer):
         self.pruning_callback = callbacks[0] if callbacks else PruningCallback()
         if not callbacks:
             self.add_callback(self.pruning_callback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, (PrinterCallback, ProgressCallback)):
+                _print_less(callback)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with sparsity, penalty and densities beside the training loss, so that every reporter shows them."""
+        """Log, with sparsity, penalty and densities beside the training loss, so that every reporter shows them.
+
+        The densities are left out of the lines that are printed.
+        """
         if "loss" in logs:
             logs = logs | self.pruning_callback.report(self.model)
         super().log(logs, *args, **kwargs)

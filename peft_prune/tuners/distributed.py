@@ -78,12 +78,34 @@ def without_shards(state: dict[str, torch.Tensor], prefix: str) -> dict[str, tor
     return {key: tensor for key, tensor in state.items() if not any(part in key for part in trained)}
 
 
+_DATA_PARALLEL = (
+    "torch.nn.DataParallel cannot be used with pruning adapters: it copies the model to all GPUs in each forward pass, "
+    "and the copies share what the layers know of their masks. Start one process per GPU: `torchrun --nproc_per_node N "
+    "script.py` or `accelerate launch script.py`; Trainer does the rest. To use a single GPU, set "
+    "CUDA_VISIBLE_DEVICES=0."
+)
+
+
+def refuse_data_parallel(model: Any = None, gpus: int = 1) -> None:
+    """Raise `ValueError` if a model is, or holds, a `DataParallel`, or if `Trainer` will wrap it for several GPUs."""
+    if gpus > 1 or (model is not None and any(isinstance(part, nn.DataParallel) for part in model.modules())):
+        raise ValueError(_DATA_PARALLEL)
+
+
+class NotReplicated:
+    """A module of which `DataParallel` makes no copies."""
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(_DATA_PARALLEL)
+
+
 def _several_processes() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
-    """Raise `ValueError` if the model is split among processes in a way that cannot be pruned or saved."""
+    """Raise `ValueError` if the model is split or copied in a way that cannot be pruned or saved."""
+    refuse_data_parallel(model)
     if not _several_processes():
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel

@@ -24,7 +24,8 @@ _NEXT_TO_NOTHING = 0.01
 def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
     """Make the masks final: scores are dropped, and each mask is stored in 1 bit a weight or less.
 
-    What the model computes does not change. `PruningCallback` calls this at the end of training.
+    Outputs stay the same, but for the rounding of kept values by a `value_dtype` below float32. `PruningCallback` calls
+    this at the end of training.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers.

@@ -11,6 +11,7 @@ from torch import nn
 from ..masks.granularity import spread
 from ..masks.hard_concrete import draw_noise, hard_concrete
 from . import merging
+from .distributed import NotReplicated
 from .low_rank_scores import LowRankScores
 from .masked_weight import MaskedWeight, Penalized
 from .mixed_forward import mixed_batch_forward
@@ -21,7 +22,7 @@ from .watch import warn_once
 BASE = "__base__"  # PEFT's name for no adapter, in `adapter_names`
 
 
-class PruningLayer(StoredForm):
+class PruningLayer(NotReplicated, StoredForm):
     """Base of the layers that replace a target module; what they hold is described at [`Holdings`]."""
 
     def delete_adapter(self, adapter_name: str) -> None:

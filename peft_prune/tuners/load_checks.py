@@ -62,6 +62,33 @@ def check_has_zeros(targets: Mapping[str, PruningLayer]) -> None:
         )
 
 
+def check_finite(targets: Mapping[str, PruningLayer]) -> None:
+    """Raise `ValueError` if a base weight holds NaN or infinity, which no score would survive.
+
+    Weights that are quantised, merged, split among processes or not loaded yet are left out. A device is waited for
+    once.
+    """
+    checked: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, layer in targets.items():
+        if layer.quantized or layer.merged:
+            continue
+        weight = layer.weight
+        if weight.is_meta or hasattr(weight, "full_tensor") or not weight.numel():
+            continue
+        # smallest and largest are NaN if any weight is, and take no memory
+        ends = torch.stack(torch.aminmax(weight.detach()))
+        checked.setdefault(weight.device, []).append((name, ends.isfinite().all()))
+    for entries in checked.values():
+        finite = torch.stack([found for _, found in entries]).tolist()
+        broken = [name for (name, _), good in zip(entries, finite, strict=True) if not good]
+        if broken:
+            raise ValueError(
+                f"The base weight of {broken[0]!r} ({len(broken)} such modules) holds NaN or infinity, so it cannot be "
+                "pruned. The base model was damaged before: load it again, in bfloat16 or float32 if float16 "
+                "overflowed, or name the module in `exclude_modules`."
+            )
+
+
 def check_stored_state(
     stored: Mapping[str, torch.Tensor],
     layers: Mapping[str, PruningLayer],

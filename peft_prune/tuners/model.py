@@ -23,7 +23,7 @@ from .embedding import PrunedEmbedding
 from .heads import head_granularity
 from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
-from .load_checks import check_base_weights, check_has_zeros, check_stored_state, check_targets
+from .load_checks import check_base_weights, check_finite, check_has_zeros, check_stored_state, check_targets
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
@@ -90,6 +90,8 @@ class PruningModel(BaseTuner):
                 )
         if config.from_existing_zeros and config.init_weights and not config.finalized:
             check_has_zeros(targets)
+        if not config.finalized:
+            check_finite(targets)
         if config.finalized:
             check_targets(config.mask_info or {}, targets)
             if config.check_base:

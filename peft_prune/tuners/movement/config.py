@@ -123,6 +123,11 @@ class MovementPruningConfig(PruningConfig):
         if self.finds_sparsity:
             what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
             self._refuse_sparsity(density, f"{what} how much is removed. Leave it out.")
+        if self.from_existing_zeros and not self.finalized and (self.allocation != "local" or self.sparsity_pattern):
+            raise ValueError(
+                f"allocation={self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} have no effect with "
+                "from_existing_zeros=True: the zeros of the base decide what each matrix keeps. Leave them out."
+            )
         if self.mask != "topk" and (self.allocation != "local" or self.sparsity_pattern or ":" in self.granularity):
             raise ValueError(
                 f"mask={self.mask!r} lets scores decide by themselves how much each matrix keeps, so allocation="

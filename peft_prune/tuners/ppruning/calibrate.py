@@ -7,6 +7,7 @@ from typing import Any, Optional, cast
 
 import torch
 from torch import nn
+from transformers.utils.logging import tqdm
 
 from ...masks.codec import VERSION
 from ...structure.activations import collect_inputs
@@ -15,7 +16,7 @@ from ...structure.clustering import column_similarity, head_similarity, least_fi
 from ...structure.flops import unit_macs
 from ...structure.norms import unit_norms
 from ...structure.sites import HEADS, Site, find_sites
-from ..distributed import agreed, refuse_sharded
+from ..distributed import agreed, refuse_data_parallel, refuse_sharded
 from ..layer import PruningLayer, pruning_layers
 from ..own_config import own_config
 from .config import PPruningConfig
@@ -28,7 +29,8 @@ def calibrate(
 
     Runs the model on `config.num_samples` examples and compares the activations of `config.num_tokens` tokens of them;
     memory does not grow with the data. Adapters of other kinds stay in force meanwhile. Of several processes, all have
-    to call it, and all get the choice of the first.
+    to call it, and all get the choice of the first. Two progress bars show running and comparing;
+    `transformers.utils.logging.disable_progress_bar()` switches them off.
 
     Args:
         model (`nn.Module`): any model with a [`PPruningConfig`] adapter that is not calibrated yet.
@@ -40,9 +42,10 @@ def calibrate(
         `dict[str, float]`: shares that stay: `flops`, `heads` and `neurons`.
 
     Raises:
-        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, or the budget
-            cannot be met.
+        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, the model is
+            wrapped by `DataParallel`, or the budget cannot be met.
     """
+    refuse_data_parallel(model)
     name, layers = _uncalibrated(model, adapter_name)
     config = cast(PPruningConfig, layers[0].pruning_config[name])
     if any(layer.merged for layer in layers):
@@ -64,7 +67,8 @@ def calibrate(
     if config.criterion == "similarity":
         inputs = _collect(model, layers, sites, dataloader, config)
     generator = torch.Generator().manual_seed(config.seed)
-    plans = [_plan(model, site, inputs.get(path), config, generator) for path, site in sites.items()]
+    bar = tqdm(sites.items(), desc="calibrate: compare units", unit="layer", disable=not inputs)  # the others are quick
+    plans = [_plan(model, site, inputs.get(path), config, generator) for path, site in bar]
     kept = agreed(choose_units(plans, config.keep_ratio, config.lambda_ffn))
     _set_masks(name, cast(PPruningConfig, own_config(model, name)), dict(zip(sites, layers, strict=True)), sites, kept)
     return _shares(plans, kept)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from peft.utils import PeftType
 
 from ...config import PruningConfig
-from ...config_checks import check_choice, check_number
+from ...config_checks import check_choice, check_number, check_whole
 from ...structure.clustering import LINKAGES, MATCHINGS
 
 
@@ -90,6 +90,5 @@ class PPruningConfig(PruningConfig):
         check_choice("linkage", self.linkage, LINKAGES)
         check_choice("criterion", self.criterion, CRITERIA)
         for name in ("sequence_length", "num_samples", "num_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number.")
+            check_whole(name, getattr(self, name), 1)
+        check_whole("seed", self.seed, 0)
