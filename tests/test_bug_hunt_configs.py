@@ -181,8 +181,6 @@ def test_one_weight_and_constant_matrices_are_pruned(kind, fill, fields, tmp_pat
         kept = {layer.module_name: int(layer.get_mask("default").sum()) for layer in pruning_layers(model)}
         assert kept["first"] == kept["last"] == 4
     finalize(model)
-    if not all(layer.kept("default") for layer in pruning_layers(model)):
-        return  # a matrix without weights is another matter
     x = torch.randn(5, 8, generator=generator)
     expected = model.eval()(x)
     model.save_pretrained(tmp_path)

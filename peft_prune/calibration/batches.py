@@ -1,0 +1,78 @@
+"""Batches of calibration data: what of them goes into the model, and which tokens are no padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a batch that the model takes, without labels unless decoder inputs are made of them."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"calibrate needs batches that are mappings, such as {{'input_ids': ..., 'attention_mask': ...}}, but the "
+            f"dataloader gave a {type(batch).__name__}. Use a collate_fn, for instance DataCollatorWithPadding."
+        )
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(base.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and len(parameters) <= 2
+    config = getattr(base, "config", None)
+    needs_labels = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
+    inputs = {
+        name: value.to(device)
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor) and (anything or name in parameters) and (name != "labels" or needs_labels)
+    }
+    if not inputs:
+        raise ValueError(
+            f"calibrate: of the batch's entries {list(batch)} the model takes none that is a tensor. Tokenize first, "
+            "and return tensors."
+        )
+    return inputs
+
+
+def _ids_and_pads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
+
+
+def real_tokens(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens are no padding: bool, shape (batch, tokens)."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return mask.bool()
+    if "input_ids" in inputs:
+        return _ids_and_pads(model, inputs["input_ids"])
+    if "inputs_embeds" in inputs:
+        return torch.ones(inputs["inputs_embeds"].shape[:2], dtype=torch.bool)
+    return _image_tokens(model, inputs)
+
+
+def _image_tokens(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Patches of images and the class token, all of them real."""
+    pixels = inputs.get("pixel_values")
+    size = getattr(getattr(model, "config", None), "patch_size", None)
+    if pixels is None or not isinstance(size, int):
+        raise ValueError(
+            f"calibrate cannot tell how many tokens a batch of {list(inputs)} has. Batches need input_ids, "
+            "inputs_embeds or pixel_values."
+        )
+    patches = (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+    return torch.ones(len(pixels), patches + 1, dtype=torch.bool)
+
+
+def decoder_tokens(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Optional[torch.Tensor]:
+    if "decoder_attention_mask" in inputs:
+        return inputs["decoder_attention_mask"].bool()
+    if "decoder_input_ids" in inputs:
+        counts = _ids_and_pads(model, inputs["decoder_input_ids"])
+        counts[:, 0] = True  # T5 starts with what it pads with
+        return counts
+    if "labels" in inputs and inputs["labels"].dim() == 2:
+        return inputs["labels"] != -100
+    return None

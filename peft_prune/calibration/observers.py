@@ -1,0 +1,183 @@
+"""What calibration notes of the inputs of layers, in memory that does not grow with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+
+
+Counts = Sequence[Optional[torch.Tensor]]  # of encoder and decoder: bool, (batch, tokens): which are no padding
+
+
+class Observer:
+    """Takes notes of what comes into layers, batch by batch."""
+
+    def start(self, counts: Counts) -> None:
+        """Begin a batch.
+
+        Args:
+            counts: which tokens of the encoder (or of a model that has one side) and of the decoder are no padding.
+        """
+        self.counts = [None if c is None else c.cpu() for c in counts]
+
+    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
+        """Take note of an input of a layer: floating point, shape (..., features).
+
+        Args:
+            key (`str`): name of the layer.
+            decoder (`bool`): whether it sees the decoder's tokens.
+            x (`torch.Tensor`): the input.
+        """
+        raise NotImplementedError
+
+    def result(self, key: str) -> Any:
+        """What was noted of a layer; it is forgotten here.
+
+        Raises:
+            ValueError: the layer has seen nothing, or values that are not finite.
+        """
+        raise NotImplementedError
+
+    def side(self, decoder: bool) -> torch.Tensor:
+        """Which tokens count for a layer: bool, (batch, tokens). A model with one side gives what it has."""
+        counts = self.counts[1] if decoder and self.counts[1] is not None else self.counts[0]
+        assert counts is not None
+        return counts
+
+
+class InputNorms(Observer):
+    """`‖x_j‖₂` of each input j over all tokens that are no padding: float32, shape (in,), on the CPU."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, torch.Tensor] = {}
+
+    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
+        """Add the squares of an input."""
+        flat = x.detach().flatten(0, -2).float()
+        # a layer may see the other side's tokens, as the keys and values of cross-attention do
+        sides = [c for c in (self.side(decoder), self.side(not decoder)) if c.shape == x.shape[:-1] or c.numel() == len(flat)]
+        counts = sides[0] if sides else None
+        if counts is None and not all(bool(c.all()) for c in self.counts if c is not None):
+            raise ValueError(
+                f"calibrate: {key!r} saw {len(flat)} tokens where the batch has {self.side(decoder).numel()}, so padding "
+                "cannot be told from text. Calibrate with texts of one length, cut instead of padded."
+            )
+        if counts is not None and not bool(counts.all()):
+            flat = flat[counts.flatten().to(flat.device)]
+        squares = flat.square().sum(0).cpu()
+        self._squares[key] = self._squares[key] + squares if key in self._squares else squares
+
+    def result(self, key: str) -> torch.Tensor:
+        """The norms."""
+        if key not in self._squares:
+            raise ValueError(
+                f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it out "
+                "of target_modules."
+            )
+        norms = self._squares.pop(key).sqrt()
+        check_finite(key, norms)
+        return norms
+
+
+def check_finite(key: str, values: torch.Tensor) -> None:
+    """Raise `ValueError` if what a layer saw is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"calibrate: the input of {key!r} is not finite. The base model seems to be broken.")
+
+
+class TokenSample(Observer):
+    """Inputs at the same sampled tokens in all layers: float32, shape (tokens, features), on the CPU.
+
+    Args:
+        size (`int`): tokens in the sample.
+        seed (`int`): seed of the sample.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self._reservoirs = [TokenReservoir(size, seed), TokenReservoir(size, seed)]
+        self._offers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._stored: dict[str, list[torch.Tensor]] = {}
+        self._calls: dict[str, int] = {}
+        self._decoder: dict[str, bool] = {}
+
+    def start(self, counts: Counts) -> None:
+        """Draw the tokens of a batch that are in the sample, for both sides."""
+        super().start(counts)
+        first, *others = [
+            None if c is None else (*reservoir.offer(c), c.numel())
+            for reservoir, c in zip(self._reservoirs, self.counts, strict=True)
+        ]
+        assert first is not None
+        self._offers = [first, *(first if other is None else other for other in others)]
+        self._calls = {}
+
+    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
+        """Keep the rows of the sampled tokens. A shared layer is called several times in a forward pass."""
+        positions, slots, tokens = self._offers[decoder]
+        flat = x.detach().flatten(0, -2)
+        if len(flat) != tokens:
+            raise ValueError(
+                f"A layer saw {len(flat)} tokens where the batch has {tokens}, so padding cannot be told from "
+                "text. Use an attn_implementation that does not unpad, such as 'sdpa'."
+            )
+        stored, call = self._stored.setdefault(key, []), self._calls.get(key, 0)
+        if call == len(stored):
+            stored.append(torch.zeros(self.size, flat.shape[1]))
+        stored[call][slots] = flat[positions.to(flat.device)].float().cpu()
+        self._calls[key], self._decoder[key] = call + 1, decoder
+
+    def result(self, key: str) -> torch.Tensor:
+        """The sample."""
+        tokens = len(self._reservoirs[self._decoder.get(key, False)]) or len(self._reservoirs[0])
+        if not tokens:
+            raise ValueError(
+                "calibrate: the examples hold no token that is no padding. Check attention_mask and pad token."
+            )
+        sample = torch.cat([part[:tokens] for part in self._stored.pop(key)])
+        check_finite(key, sample)
+        return sample
+
+
+class TokenReservoir:
+    """A uniform sample, without replacement, of the tokens of a stream of batches whose length is not known.
+
+    Every token draws a random number; those with the largest numbers are in the sample.
+
+    Args:
+        size (`int`): tokens in the sample.
+        seed (`int`): seed of the draw.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def offer(self, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offer the tokens of a batch.
+
+        Args:
+            counts (`torch.Tensor`): bool, any shape: which tokens count.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: flat positions of the tokens taken, and the slots that they take; both
+            int64 of the same length.
+        """
+        tokens = counts.flatten().nonzero().flatten()
+        keys = torch.rand(len(tokens), generator=self._generator, dtype=torch.float64)
+        filled = len(self._keys)
+        everyone = torch.cat([self._keys.double(), keys])
+        best = everyone.topk(min(self.size, len(everyone))).indices
+        stay, new = best[best < filled], best[best >= filled]
+        taken = torch.ones(len(best), dtype=torch.bool)
+        taken[stay] = False  # slots never exceed the size, so the stayers keep theirs
+        slots = taken.nonzero().flatten()
+        self._keys = torch.cat([self._keys.double(), torch.zeros(len(best) - filled)])
+        self._keys[slots] = everyone[new]
+        return tokens[new - filled], slots

@@ -1,0 +1,49 @@
+"""What every importance has: a ranking of the units of a matrix, and what the mask does to a weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Optional
+
+import torch
+
+
+class Importance:
+    """Ranks the units of a matrix. A subclass says how; one that learns says what it trains.
+
+    An importance holds no state: tensors are the layer's, `layer.held(kind)[adapter name]`.
+    """
+
+    label: ClassVar[str] = ""
+    # kinds of trained tensors that it owns, such as ("scores",)
+    tensors: ClassVar[tuple[str, ...]] = ()
+    # whether the ranking follows from base weights
+    needs_weights: ClassVar[bool] = True
+    # whether calibration has to look at what comes into a layer
+    reads_activations: ClassVar[bool] = False
+    # whether training multiplies by gates between 0 and 1, which follow from the scores and not from the mask
+    gates: ClassVar[bool] = False
+    # where the penalty's sigmoid has its middle
+    penalty_offset: ClassVar[float] = 0.0
+
+    def add(self, layer: Any, name: str) -> None:
+        """Give an adapter what is trained; nothing by default."""
+
+    def observer(self, config: Any) -> Any:
+        """What takes notes of a layer's inputs in calibration, see `calibration.observers`."""
+        raise NotImplementedError
+
+    def rank(self, layer: Any, name: str) -> torch.Tensor:
+        """What decides which units stay, the largest first: float, shape (out / rows, in / columns)."""
+        raise NotImplementedError
+
+    def scores(self, layer: Any, name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """What receives the gradient of the scores, and the factor of the penalty's gradient that is added to it."""
+        return None, None
+
+    def masked(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """What stays of a matrix (out, in) in a forward pass, with gradients for scores and matrix."""
+        return self.settled(layer, name, matrix)
+
+    def settled(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """What stays of a matrix (out, in) in inference, and when it is merged."""
+        return matrix * layer.get_mask(name)

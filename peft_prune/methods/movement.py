@@ -1,0 +1,218 @@
+"""Movement pruning (Sanh, Wolf and Rush, NeurIPS 2020, arXiv 2005.07683): kept weights are fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+from peft.utils import PeftType
+
+from ..config_checks import check_choice, check_flag, check_number, check_whole
+from ..importance.base import Importance
+from ..importance.hard_concrete import OPEN_ABOVE, HardConcrete
+from ..importance.magnitude import Magnitude
+from ..recipe import Moment, Recipe
+from ..rules.base import Rule
+from ..rules.existing_zeros import ExistingZeros
+from ..rules.threshold import Threshold
+from ..rules.topk import TopK
+from ..selection.curve import Schedule
+from ..storage.values import VALUE_DTYPES
+from ..trained_config import TrainedConfig
+from ..tuner.model import PruningModel
+from ..tuner.registration import register_method
+from ..updates.base import Keep, Update
+from ..updates.dense import Dense
+from ..updates.low_rank import LowRank
+
+
+# What each variant of the paper is made of (sections 3 and 4, and appendix A.1)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hard": {"score": "movement", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
+    "soft": {"score": "movement", "mask": "threshold", "penalty": 400.0, "score_init": "zeros", "score_lr": 1e-2},
+    "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
+    "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
+}
+SCORES, MASKS, UPDATES = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0"), ("full", "low_rank", "none")
+
+
+@dataclass
+class MovementPruningConfig(TrainedConfig):
+    """
+    Configuration of movement pruning (Sanh et al. 2020), which fine-tunes weights while it learns which ones to keep.
+
+    The base model is not touched: the adapter holds the change of its weights, and in the end the mask and the kept
+    values. `variant` sets the fields that are not given as the paper does; those of [`TrainedConfig`] apply too.
+
+    Args:
+        variant (`str`):
+            `"hard"`: the weights with the largest learned scores stay, as many as `sparsity` says. `"soft"`: those
+            whose score is above a threshold, so that `penalty` decides how many. `"l0"`: gates with noise, whose
+            probability is penalised, so that `penalty` decides, too. `"magnitude"`: the weights with the largest
+            magnitude stay, recomputed as they are trained.
+        score (`str`, *optional*):
+            `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]); or `"magnitude"`.
+        mask (`str`, *optional*):
+            `"topk"`, `"threshold"` or `"l0"`: how scores become a mask.
+        threshold (`float`):
+            τ for `mask="threshold"`: weights with `sigmoid(S) > τ` stay. It rises from 0 on the sparsity's schedule.
+        min_density (`float`):
+            Share of each matrix that stays in any case with `mask="threshold"`.
+        update (`str`):
+            `"full"`: kept weights are trained. `"low_rank"`: they are trained as a LoRA whose update is masked, in
+            training and in the merge, so that zeros stay. `"none"`: they stay as they are, which is SMP.
+        r (`int`):
+            Rank of `update="low_rank"`.
+        lora_alpha (`float`):
+            α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
+        from_existing_zeros (`bool`):
+            Take the mask from the zeros of the base weights instead, and fine-tune what is not zero.
+        value_dtype (`str`):
+            How kept values are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each row.
+        seed (`int`):
+            Seed of the noise of the gates, and of the update of low rank.
+
+    Example:
+
+        ```py
+        >>> from peft_prune import MovementPruningConfig
+
+        >>> config = MovementPruningConfig(variant="hard", task_type="SEQ_CLS", sparsity=0.9)
+        ```
+    """
+
+    variant: str = field(default="hard", metadata={"help": "'hard', 'soft', 'l0' or 'magnitude'."})
+    score: Optional[str] = field(default=None, metadata={"help": "'movement', 'low_rank' or 'magnitude'."})
+    mask: Optional[str] = field(default=None, metadata={"help": "'topk', 'threshold' or 'l0'."})
+    threshold: float = field(default=0.1, metadata={"help": "Threshold of sigmoid(S) for mask='threshold'."})
+    min_density: float = field(default=0.005, metadata={"help": "Least share kept of a matrix by a threshold."})
+    update: str = field(default="full", metadata={"help": "'full', 'low_rank' or 'none'."})
+    r: int = field(default=8, metadata={"help": "Rank of update='low_rank'."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "update='low_rank' is scaled by lora_alpha / r."})
+    from_existing_zeros: bool = field(default=False, metadata={"help": "Take the mask from the base's zeros."})
+    value_dtype: str = field(default="float32", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise of the gates, and of a low-rank update."})
+    penalty: Optional[float] = field(default=None, metadata={"help": "Final weight of the penalty on the scores."})  # type: ignore[assignment]
+    score_init: Optional[Union[str, float]] = field(default=None, metadata={"help": "Where scores start."})  # type: ignore[assignment]
+    score_lr: Optional[float] = field(default=None, metadata={"help": "Learning rate of the scores."})  # type: ignore[assignment]
+    schedule_start: float = field(default=0.1, metadata={"help": "Share of training at which sparsity begins to grow."})
+    schedule_end: float = field(default=0.8, metadata={"help": "Share of training at which sparsity is final."})
+
+    def __post_init__(self, density=None):
+        check_choice("variant", self.variant, tuple(VARIANTS))
+        check_flag("from_existing_zeros", self.from_existing_zeros)
+        check_whole("seed", self.seed, 0)
+        check_whole("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
+        asked = self.penalty
+        for name, value in VARIANTS[self.variant].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check_choice("score", self.score, SCORES)
+        check_choice("mask", self.mask, MASKS)
+        check_choice("update", self.update, UPDATES)
+        check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
+        self._check_combination(density)
+        if not self._learns_scores():
+            self._without_penalty(asked)
+        super().__post_init__(density)
+        self.peft_type = PeftType("MOVEMENT")
+        check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
+        check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
+
+    def _learns_scores(self) -> bool:
+        return self.score != "magnitude" and not self.from_existing_zeros
+
+    def _without_penalty(self, asked: Optional[float]) -> None:
+        if asked and not self.finalized:
+            why = "from_existing_zeros=True" if self.from_existing_zeros else f"score={self.score!r}"
+            raise ValueError(f"penalty={asked!r} has no effect with {why}, which learns no scores. Leave it out.")
+        self.penalty = 0.0  # the variant may have set another one
+
+    def _check_combination(self, density: Optional[float]) -> None:
+        if self.score == "magnitude" and self.mask != "topk":
+            raise ValueError(f"mask={self.mask!r} needs learned scores. Use mask='topk' with score='magnitude'.")
+        if self.score == "low_rank" and self.mask == "l0":
+            raise ValueError("mask='l0' gives each weight a gate of its own. Use score='movement' with it.")
+        if self.score == "low_rank" and self.from_existing_zeros:
+            raise ValueError(
+                "score='low_rank' has nothing to decide with from_existing_zeros=True. Leave one of them out."
+            )
+        if self.update == "low_rank" and self.mask == "l0":
+            raise ValueError(
+                "update='low_rank' keeps the base weights, and mask='l0' scales them by gates. Use update='full' with it."
+            )
+        if self.update == "none" and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros):
+            raise ValueError(
+                f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
+                f"{self.mask!r}, from_existing_zeros={self.from_existing_zeros!r}. Use update='full'."
+            )
+        if self.mask != "topk" or self.from_existing_zeros:
+            what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
+            self._refuse_sparsity(density, f"{what} how much is removed. Leave it out.")
+        if self.mask != "topk" and (self.allocation != "local" or self.sparsity_pattern or ":" in self.granularity):
+            raise ValueError(
+                f"mask={self.mask!r} lets scores decide by themselves how much each matrix keeps, so allocation="
+                f"{self.allocation!r}, sparsity_pattern={self.sparsity_pattern!r} and granularity={self.granularity!r} "
+                "must not fix it. Leave them at their defaults."
+            )
+
+    # ------------------------------------------------------------- the recipe
+
+    def recipe(self) -> Recipe:
+        """Learned scores or magnitudes; top-k or a threshold; kept weights are trained; at every step."""
+        moment = Moment.START if self.from_existing_zeros else Moment.EVERY_STEP
+        return Recipe(self._importance(), self._rule(), self._update(), moment)
+
+    def _importance(self) -> Importance:
+        if not self._learns_scores():
+            return Magnitude()
+        if self.mask == "l0":
+            return HardConcrete(self.score_start(), self.seed)
+        return self.learned_scores()
+
+    def _rule(self) -> Rule:
+        if self.from_existing_zeros:
+            return ExistingZeros()
+        if self.mask == "l0":
+            return Threshold(score=OPEN_ABOVE, min_density=self.min_density)
+        if self.mask == "threshold":
+            curve = Schedule(0.0, self.threshold, self.schedule_start, self.schedule_end, self.sparsity_schedule)
+            return Threshold(curve, min_density=self.min_density)
+        return TopK(self.allocation, self.granularity)
+
+    def _update(self) -> Update:
+        at_random = not self.init_weights
+        if self.update == "low_rank":
+            return LowRank(self.r, self.lora_alpha, seed=self.seed, random=at_random, under_mask=True)
+        if self.update == "full":
+            # where scores start at random, the update need not; and existing zeros are found before it
+            return Dense(self.value_dtype, at_random and not self._learns_scores() and not self.from_existing_zeros)
+        return Keep()
+
+
+class MovementPruningModel(PruningModel):
+    """
+    Movement pruning: learns which weights to keep while it fine-tunes them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): the model to prune.
+        config ([`MovementPruningConfig`]): the configuration.
+        adapter_name (`str`): name of the adapter, `"default"` by default.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from peft import get_peft_model
+        >>> from peft_prune import MovementPruningConfig
+
+        >>> base_model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        >>> model = get_peft_model(base_model, MovementPruningConfig(variant="hard", sparsity=0.9))
+        ```
+    """
+
+    prefix = "movement_"
+
+
+register_method(name="movement", config_cls=MovementPruningConfig, model_cls=MovementPruningModel)

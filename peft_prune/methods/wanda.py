@@ -1,0 +1,54 @@
+"""Wanda (Sun et al., ICLR 2024, arXiv 2306.11695): magnitude times the norm of the input, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.utils import PeftType
+
+from ..calibrated_config import CalibratedConfig
+from ..importance.activation import Activation
+from ..recipe import Moment, Recipe
+from ..rules.topk import TopKOnce
+from ..tuner.model import PruningModel
+from ..tuner.registration import register_method
+from ..updates.base import Keep
+
+
+@dataclass
+class WandaConfig(CalibratedConfig):
+    """
+    Configuration of Wanda (Sun et al. 2024): of each row the weights with the largest `|W| · ‖x‖` stay. No weight
+    changes. Get the model, then call [`peft_prune.calibrate`] with batches of text.
+
+    Args:
+        sparsity (`float`, *optional*): share of the weights of each row that is removed; 0.5 by default.
+        granularity (`str`): `"weight"`, or an n:m pattern such as `"2:4"`, whose groups compete instead of rows.
+
+    Example:
+
+        ```py
+        >>> from peft_prune import WandaConfig
+
+        >>> config = WandaConfig(task_type="CAUSAL_LM", sparsity=0.5)
+        ```
+    """
+
+    granularity: str = field(default="weight", metadata={"help": "'weight', or n:m such as '2:4'."})
+
+    def __post_init__(self, density=None):
+        super().__post_init__(density)
+        self.peft_type = PeftType("WANDA")
+
+    def recipe(self) -> Recipe:
+        """`|W|·‖x‖`; top-k in the row or n:m group; weights are left as they are; at calibration."""
+        return Recipe(Activation(), TopKOnce(granularity=self.granularity, group="row"), Keep(), Moment.CALIBRATION)
+
+
+class WandaModel(PruningModel):
+    """Wanda: a mask from weights and inputs. Configure it with [`WandaConfig`]."""
+
+    prefix = "wanda_"
+
+
+register_method(name="wanda", config_cls=WandaConfig, model_cls=WandaModel)

@@ -1,0 +1,63 @@
+"""What a method is: importance × rule × update × moment. Each config says its own with `recipe()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .importance.base import Importance
+    from .rules.base import Rule
+    from .updates.base import Update
+
+
+class Moment(str, Enum):
+    """When a mask is chosen."""
+
+    START = "when the adapter is made"
+    EVERY_STEP = "every step of training"
+    ONCE = "once, in training"
+    CALIBRATION = "at calibration, without training"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The four parts of a method. Parts are independent: any importance goes with any update where it makes sense.
+
+    Attributes:
+        importance ([`Importance`]): what ranks units; may own trained scores.
+        rule ([`Rule`]): how many units stay, and which of them compete.
+        update ([`Update`]): what happens to the weights that stay; owns its tensors, its stored form and its merge.
+        moment ([`Moment`]): when the mask is chosen.
+    """
+
+    importance: Importance
+    rule: Rule
+    update: Update
+    moment: Moment
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything is trained: scores, or an update."""
+        return bool(self.importance.tensors or self.update.tensors)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the mask follows from the base weights, and not from trained scores alone."""
+        return self.importance.needs_weights or self.rule.needs_weights
+
+    @property
+    def chosen_layer_by_layer(self) -> bool:
+        """Whether a layer can find its mask by itself, again and again."""
+        return self.moment in (Moment.START, Moment.EVERY_STEP)
+
+    def describe(self) -> dict[str, str]:
+        """The four parts in words, for tables: `importance`, `rule`, `update`, `moment`."""
+        return {
+            "importance": self.importance.label,
+            "rule": self.rule.label,
+            "update": self.update.label,
+            "moment": self.moment.value,
+        }

@@ -1,0 +1,64 @@
+"""What every rule has: how many weights stay, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Optional
+
+import torch
+
+from ..selection.granularity import spread
+
+
+Count = int | torch.Tensor  # a tensor, int64 and 0-dim, where only the device knows the number
+
+
+class Rule:
+    """Says how many weights each layer keeps, and picks them by an importance.
+
+    Rules that compare layers or units across a model override [`choose_all`] instead.
+    """
+
+    label: ClassVar[str] = ""
+    # whether the sparsity comes out of it, instead of being given
+    finds_sparsity: ClassVar[bool] = False
+    # whether it is a failure if next to nothing is removed
+    expects_removal: ClassVar[bool] = False
+    # whether it looks at the base weights, whatever the importance does
+    needs_weights: ClassVar[bool] = False
+    # whether whole heads or neurons may go, so that merging makes the model smaller
+    structured: ClassVar[bool] = False
+    # whether the zeros of a mask may cut through its units
+    cuts_units: ClassVar[bool] = False
+
+    def counts(self, name: str, layers: list[Any], step: int, total_steps: int) -> Sequence[Optional[Count]]:
+        """Weights that each layer keeps at a step of training; `None` for as many as now."""
+        return [None] * len(layers)
+
+    def at_first(self, layer: Any, name: str) -> int:
+        """Weights that a layer keeps before training."""
+        return layer.shape[0] * layer.shape[1]
+
+    def choose(self, layer: Any, name: str) -> torch.Tensor:
+        """The mask of one layer (bool, shape (out, in)): the most important units, as many as it keeps."""
+        height, width = block = layer.block(name)
+        kept = layer.kept_unread(name) // (height * width)
+        if isinstance(kept, int) and kept == layer.unit_count(name):
+            return torch.ones(layer.shape, dtype=torch.bool, device=layer.weight.device)
+        host = layer.host[name]
+        ranking = host.recipe.importance.rank(layer, name)
+        return spread(host.granularity.units(ranking, kept, host.threshold), block)
+
+    def check(self, model: Any, name: str, layers: list[Any]) -> None:
+        """Raise `ValueError` if what is to be chosen later cannot be chosen in this model."""
+
+    def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
+        """Masks of all layers by module name, for what is chosen once.
+
+        Args:
+            model (`nn.Module`): the model that the layers belong to.
+            name (`str`): the adapter.
+            layers (`list`): its layers.
+            seen: what observers saw of each layer in calibration, by module name; `None` without.
+        """
+        return {layer.module_name: self.choose(layer, name) for layer in layers}

@@ -1,0 +1,58 @@
+"""Units stay whose score is above a threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from ..layers.sharding import gathered
+from ..selection.curve import Schedule
+from ..selection.device import on_cpu
+from .base import Count, Rule
+
+
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Threshold(Rule):
+    """Units with `sigmoid(S)` above a threshold that rises on a schedule, or with a score above a fixed number.
+
+    Args:
+        schedule ([`Schedule`], *optional*): of the threshold of `sigmoid(S)`.
+        score (`float`): the fixed threshold of the score, without a schedule.
+        min_density (`float`): share of each matrix that stays in any case.
+    """
+
+    schedule: Optional[Schedule] = None
+    score: float = 0.0
+    min_density: float = 0.0
+
+    label = "scores above a threshold"
+    finds_sparsity = True
+    expects_removal = True
+
+    def at_first(self, layer: Any, name: str) -> int:
+        """By the initial sparsity; half of the weights if the adapter starts at random, for tests."""
+        config = layer.config(name)
+        sparsity = config.initial_sparsity if config.init_weights else DEFAULT_SPARSITY
+        return layer.host[name].granularity.count(1.0 - sparsity, layer.shape)
+
+    def counts(self, name: str, layers: list[Any], step: int, total_steps: int) -> Sequence[Optional[Count]]:
+        """How many scores are above the threshold of a step."""
+        threshold = self.at(step, total_steps)
+        return [self._above(layer, name, threshold) for layer in gathered(layers)]
+
+    def at(self, step: int, total_steps: int) -> float:
+        """Threshold of the scores at a step."""
+        if self.schedule is None:
+            return self.score
+        tau = self.schedule.at(step, total_steps)
+        return math.log(tau / (1 - tau)) if tau > 0 else -math.inf
+
+    def _above(self, layer: Any, name: str, threshold: float) -> Count:
+        scores = layer.host[name].recipe.importance.rank(layer, name)
+        units = (scores > threshold).sum().clamp(min=math.ceil(self.min_density * scores.numel()))
+        return (int(units) if on_cpu(units) else units) * math.prod(layer.block(name))

@@ -1,0 +1,88 @@
+"""A share of the units stays, the most important ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from ..layers.sharding import gathered
+from ..selection.allocation import allocate_by_score, allocate_globally
+from ..selection.device import on_cpu
+from .base import Count, Rule
+
+
+@dataclass(frozen=True)
+class TopK(Rule):
+    """As many units as sparsity and schedule say, which compete in a matrix, or share out what a group keeps.
+
+    Args:
+        allocation (`str`): `"local"`, `"score"` or `"global"`: units compete in the matrix, the kind, the model.
+        granularity (`str`): what a unit is.
+    """
+
+    allocation: str = "local"
+    granularity: str = "weight"
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """In words."""
+        group = f"{self.granularity} group" if ":" in self.granularity else _GROUPS[self.allocation]
+        return f"top-k in the {group}"
+
+    @property
+    def structured(self) -> bool:  # type: ignore[override]
+        """Whether a unit is a head, a row or a column."""
+        return self.granularity in ("head", "column", "row")
+
+    def at_first(self, layer: Any, name: str) -> int:
+        """By the initial sparsity; by the final one if the adapter starts at random, for tests."""
+        config = layer.config(name)
+        sparsity = config.initial_sparsity if config.init_weights else layer.target_sparsity(name)
+        return layer.host[name].granularity.count(1.0 - sparsity, layer.shape)
+
+    def counts(self, name: str, layers: list[Any], step: int, total_steps: int) -> Sequence[Optional[Count]]:
+        """Schedule and allocation together."""
+        config = layers[0].config(name)
+        densities = [
+            1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
+        ]
+        counts: list[Count] = [
+            layer.host[name].granularity.count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)
+        ]
+        shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
+        if self.allocation == "local" or not shared:
+            return counts
+        alike = [layers[i] for i in shared]
+        area = self._common_area(name, alike)
+        allocated = self._allocate(name, alike, densities[shared[0]])
+        for i, count in zip(shared, allocated.tolist() if on_cpu(allocated) else allocated, strict=True):
+            counts[i] = count * area
+        return counts
+
+    def _common_area(self, name: str, layers: list[Any]) -> int:
+        areas = {math.prod(layer.block(name)) for layer in layers}
+        if len(areas) > 1:
+            raise ValueError(
+                f"allocation={self.allocation!r} compares blocks, which here differ in size ({min(areas)} to "
+                f"{max(areas)} weights). Use allocation='local', or target matrices of one shape."
+            )
+        return areas.pop()
+
+    def _allocate(self, name: str, layers: list[Any], density: float) -> Any:
+        recipe = layers[0].host[name].recipe
+        # one after another: scores of low rank are made, and those of several processes gathered, when asked for
+        rankings = (recipe.importance.rank(layer, name) for layer in gathered(layers, recipe.needs_weights))
+        if self.allocation == "global":
+            return allocate_globally(list(rankings), density)
+        kinds = [module_kind(layer.module_name) for layer in layers]
+        return allocate_by_score(rankings, kinds, density, layers[0].config(name).temperature)
+
+
+_GROUPS = {"local": "matrix", "score": "kind of matrix", "global": "model"}
+
+
+def module_kind(name: str) -> str:
+    """Kind of a module: its name without numbers, the same for all queries, for all keys, and so on."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
