@@ -22,10 +22,12 @@ from .tuners.movement import MovementPruningConfig, MovementPruningModel
 from .tuners.ppruning import PPruningConfig, PPruningModel, calibrate
 from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
+from .tuners.unloading import merge_masks_below_other_adapters
 from .tuners.verbalizer import make_verbalizer
 
 
 keep_card_on_push()
+merge_masks_below_other_adapters()
 
 __version__ = "0.1.0"
 
