@@ -12,6 +12,7 @@ from .structure.flops import ModelSize, model_size
 from .structure.shrink import shrink
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
+from .training.mixin import PruningTrainerMixin
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
 from .tuners.cached_weight import cache_masked_weights
@@ -46,6 +47,7 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "PruningTrainer",
+    "PruningTrainerMixin",
     "SMPConfig",
     "SMPModel",
     "cache_masked_weights",
