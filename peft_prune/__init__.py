@@ -12,6 +12,7 @@ from .structure.flops import ModelSize, model_size
 from .structure.shrink import shrink
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
+from .training.mixin import PruningTrainerMixin
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
 from .tuners.cached_weight import cache_masked_weights
@@ -22,10 +23,12 @@ from .tuners.movement import MovementPruningConfig, MovementPruningModel
 from .tuners.ppruning import PPruningConfig, PPruningModel, calibrate
 from .tuners.schedule import penalty, update_schedule
 from .tuners.smp import SMPConfig, SMPModel
+from .tuners.unloading import merge_masks_below_other_adapters
 from .tuners.verbalizer import make_verbalizer
 
 
 keep_card_on_push()
+merge_masks_below_other_adapters()
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "PruningCallback",
     "PruningConfig",
     "PruningTrainer",
+    "PruningTrainerMixin",
     "SMPConfig",
     "SMPModel",
     "cache_masked_weights",

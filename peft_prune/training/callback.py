@@ -16,21 +16,33 @@ from ..tuners.layer import pruning_layers
 from ..tuners.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
 
 
-def _warn_about_score_lr(model: Any, optimizer: Any) -> None:
-    """Warn if scores share a parameter group with other weights, so that the config's `score_lr` is not in force."""
+_INSTEAD = (
+    "Use PruningTrainer, or for another trainer, such as TRL's: class PruningSFTTrainer(PruningTrainerMixin, "
+    "SFTTrainer). Or give your Trainer optimizers=(peft_prune.create_pruning_optimizer(model, lr=...), None)."
+)
+
+
+def _warn_about_groups(model: Any, optimizer: Any, learning_rate: Optional[float]) -> None:
+    """Warn if scores are trained as other weights are: at their learning rate, and with weight decay."""
     for name, layers in trained_adapters(model).items():
         held = [layer.held(kind) for layer in layers for kind in layer.score_names]
         scores = {id(holder[name]) for holder in held if name in holder}
         for group in getattr(optimizer, "param_groups", ()):
             ours = sum(id(parameter) in scores for parameter in group["params"])
             rate, wanted = group.get("initial_lr", group["lr"]), layers[0].pruning_config[name].score_lr
-            if ours and rate != wanted and ours < len(group["params"]):
+            if ours and rate != wanted and (ours < len(group["params"]) or rate == learning_rate):
                 warnings.warn(
                     f"The scores are trained at the learning rate of all other weights, {rate:g}, and not at "
-                    f"score_lr={wanted:g} of the config. Use PruningTrainer, or give your Trainer optimizers="
-                    "(peft_prune.create_pruning_optimizer(model, lr=...), None).",
+                    f"score_lr={wanted:g} of the config. {_INSTEAD}",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=3,
+                )
+            if ours and group.get("weight_decay"):
+                warnings.warn(
+                    f"weight_decay={group['weight_decay']:g} is applied to the scores, which draws them to 0, and the "
+                    f"masks with them. {_INSTEAD} Neither decays scores. Or set weight_decay=0.",
+                    UserWarning,
+                    stacklevel=3,
                 )
 
 
@@ -42,8 +54,10 @@ def without_densities(logs: dict[str, float]) -> dict[str, float]:
 class PruningCallback(TrainerCallback):
     """Advances sparsity and penalty after each optimizer step, logs them, and finalizes the masks at the end.
 
-    Works with any [`~transformers.Trainer`], TRL's included. `load_best_model_at_end` compares evaluations at the final
-    sparsity only: an early, denser model would always look better.
+    Works with any [`~transformers.Trainer`], TRL's included. It does not make the optimizer, and warns if scores are
+    trained at the learning rate, or with the weight decay, of other weights: see [`PruningTrainerMixin`].
+    `load_best_model_at_end` compares evaluations at the final sparsity only: an early, denser model would always look
+    better.
 
     Args:
         finalize_at_end (`bool`): turn scores into masks when training ends. With `False` they stay trainable, and
@@ -57,6 +71,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, finalize_at_end: bool = True) -> None:
         self.finalize_at_end = finalize_at_end
         self.last: dict[str, float] = {}
+        self.groups_are_set = False  # by a trainer that gives the scores a learning rate of their own
 
     def _grad_scale(self, optimizer: Any) -> float:
         scaler = getattr(optimizer, "scaler", None)
@@ -71,7 +86,8 @@ class PruningCallback(TrainerCallback):
             layer.schedule_is_managed = True
         if getattr(args, "torch_compile", False):
             compile_selection()
-        _warn_about_score_lr(model, kwargs.get("optimizer"))
+        if not self.groups_are_set:
+            _warn_about_groups(model, kwargs.get("optimizer"), getattr(args, "learning_rate", None))
         self._advance(state, model, kwargs.get("optimizer"))
 
     def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:

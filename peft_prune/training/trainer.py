@@ -8,14 +8,11 @@ from typing import Any, Optional, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer
+from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..config import PruningConfig
-from ..model_card import add_loading_instructions
-from .callback import PruningCallback, without_densities
 from .distillation import distillation_loss
-from .optimizer import pruning_parameter_groups
+from .mixin import PruningTrainerMixin
 
 
 def _base(model: Any) -> Any:
@@ -35,17 +32,7 @@ def _divides_by_item_count(model: Any) -> bool:
     return "loss_function" in source or "num_items_in_batch" in source
 
 
-def _print_less(callback: Any) -> None:
-    """Have a callback that prints what is logged leave out the densities, one for each kind of matrix."""
-    on_log = callback.on_log
-
-    def shorter(args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
-        return on_log(args, state, control, logs=without_densities(logs or {}), **kwargs)
-
-    callback.on_log = shorter
-
-
-class PruningTrainer(Trainer):
+class PruningTrainer(PruningTrainerMixin, Trainer):
     """
     [`~transformers.Trainer`] for pruning adapters.
 
@@ -78,14 +65,13 @@ class PruningTrainer(Trainer):
             raise ValueError(f"distillation_temperature={distillation_temperature!r} must be positive; try 2.")
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher={teacher!r} must be a model: load it first, by from_pretrained.")
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, score_lr=score_lr, **kwargs)
         trained = map(id, cast(nn.Module, self.model).modules())
         if teacher is not None and not {id(m) for m in teacher.modules()}.isdisjoint(trained):
             raise ValueError(
                 "teacher is, or contains, a part of the model that is trained: get_peft_model changes the base model "
                 "itself. Load the teacher a second time, by from_pretrained, or copy.deepcopy it before get_peft_model."
             )
-        self.score_lr = score_lr
         self.distillation_alpha = distillation_alpha
         self.distillation_temperature = distillation_temperature
         self.teacher = teacher
@@ -95,39 +81,6 @@ class PruningTrainer(Trainer):
             # A mean over the batch, which Trainer then divides by the accumulation steps. Told the number of items,
             # BERT and others would not use it, Trainer would not divide, and 4 × 8 would have four times the gradient.
             self.model_accepts_loss_kwargs = False
-        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, PruningCallback)]
-        self.pruning_callback = callbacks[0] if callbacks else PruningCallback()
-        if not callbacks:
-            self.add_callback(self.pruning_callback)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, (PrinterCallback, ProgressCallback)):
-                _print_less(callback)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with sparsity, penalty and densities beside the training loss, so that every reporter shows them.
-
-        The densities are left out of the lines that are printed.
-        """
-        if "loss" in logs:
-            logs = logs | self.pruning_callback.report(self.model)
-        super().log(logs, *args, **kwargs)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the `Trainer`'s card, and how to load the adapter into it."""
-        super().create_model_card(*args, **kwargs)
-        for config in getattr(self.model, "peft_config", {}).values():
-            if isinstance(config, PruningConfig):
-                add_loading_instructions(str(self.args.output_dir), config)
-
-    def create_optimizer(self, model: Optional[nn.Module] = None) -> torch.optim.Optimizer:
-        """Create the optimizer that `args.optim` names, with a parameter group for the scores."""
-        if self.optimizer is None:
-            target = cast(PreTrainedModel, self.model if model is None else model)
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
-            rate = kwargs.get("lr", self.args.learning_rate)  # what came with a class of one's own goes first
-            groups = pruning_parameter_groups(target, rate, self.score_lr, self.args.weight_decay)
-            self.optimizer = cls(groups, **kwargs)
-        return self.optimizer
 
     def compute_loss(
         self,

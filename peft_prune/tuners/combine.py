@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Optional, cast
 
 import torch
@@ -16,6 +18,7 @@ from .layer import pruning_layers
 
 
 COMBINATIONS = ("union", "intersection", "majority")
+_LOW_BITS = (1 << 40) - 1
 
 
 def combine_masks(masks: Sequence[torch.Tensor], how: str, weights: Sequence[float]) -> torch.Tensor:
@@ -25,16 +28,40 @@ def combine_masks(masks: Sequence[torch.Tensor], how: str, weights: Sequence[flo
         masks (`Sequence[torch.Tensor]`): bool, the same shape.
         how (`str`): `"union"` keeps what any mask keeps, `"intersection"` what all keep, `"majority"` what more than
             half of the votes keep.
-        weights (`Sequence[float]`): votes of each mask, for `"majority"`.
+        weights (`Sequence[float]`): votes of each mask, for `"majority"`. They are added exactly, as the decimals that
+            they are written as: of 0.2, 0.3 and 0.1, the 0.3 is half, and not more.
 
     Returns:
         `torch.Tensor`: bool, of that shape.
     """
     if how == "majority":
-        votes = sum(mask.double() * weight for mask, weight in zip(masks, weights, strict=True))
-        return votes > sum(weights) / 2  # type: ignore[operator, return-value]
+        return _majority(masks, [_exact(weight) for weight in weights])
     stacked = torch.stack(list(masks))
     return stacked.any(0) if how == "union" else stacked.all(0)
+
+
+def _exact(weight: Any) -> Fraction:
+    """The number that was written: 0.1 is a tenth, and not the float that is nearest to it."""
+    try:
+        return Fraction(str(weight))
+    except ValueError:  # a tensor
+        return Fraction(str(float(weight)))
+
+
+def _majority(masks: Sequence[torch.Tensor], weights: Sequence[Fraction]) -> torch.Tensor:
+    """Where votes for outweigh votes against, in whole numbers of any size: 40 bits at a time, the lowest first."""
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    rest = [int(weight * scale) for weight in weights]
+    carry = torch.zeros_like(masks[0], dtype=torch.int64)
+    above_zero = torch.zeros_like(masks[0], dtype=torch.bool)
+    while any(rest):
+        for mask, weight in zip(masks, rest, strict=True):
+            part = weight & _LOW_BITS
+            carry += torch.where(mask, part, -part)
+        above_zero |= (carry & _LOW_BITS) != 0
+        carry >>= 40
+        rest = [weight >> 40 for weight in rest]
+    return (carry > 0) | ((carry == 0) & above_zero)
 
 
 def add_combined_adapter(
@@ -57,6 +84,7 @@ def add_combined_adapter(
         block = next(iter(blocks.values())) if len(blocks) == 1 else None
         info[layer.module_name], stored[layer.module_name] = layer.stored_form(mask, block)
     config.mask_info, config.mask_format = info, VERSION
+    config.inference_mode = True  # masks are final, and nothing of them is trained
     size = sum(entry["shape"][0] * entry["shape"][1] for entry in info.values())
     config.sparsity = 1.0 - sum(entry["kept"] for entry in info.values()) / size
     model.peft_config[adapter_name] = config
@@ -81,7 +109,8 @@ def _check_combination(
     if len(adapters) < 2:
         raise ValueError(f"adapters={adapters!r}: give two at least.")
     votes = [1.0] * len(adapters) if weights is None else weights
-    if len(votes) != len(adapters) or not min(votes) >= 0 or not sum(votes) > 0:
+    finite = all(math.isfinite(vote) and vote >= 0 for vote in votes)
+    if len(votes) != len(adapters) or not finite or not sum(votes) > 0:
         raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative, and not all 0.")
     for name in adapters:
         if name not in model.peft_config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Optional, cast
 
 import torch
@@ -14,8 +15,7 @@ from torch import nn
 
 from ..config import PruningConfig
 from ..masks.granularity import Granularity, parse_granularity
-from ..structure.shrink import shrink as shrink_model
-from ..structure.sites import find_sites
+from .adapter_names import check_adapter_name, warn_if_nothing_trains
 from .combine import add_combined_adapter
 from .convolution import CONVOLUTIONS
 from .distributed import unsplit, without_shards
@@ -24,21 +24,16 @@ from .heads import head_granularity
 from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_finite, check_has_zeros, check_stored_state, check_targets
+from .load_modules import check_saved_modules, taken_back_on_error
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
 from .schedule import sparsity, update_schedule
 from .sparsity_reached import warn_if_unreachable
 from .targets import IN_BLOCK, default_target_modules
-from .verbalizer import install_verbalizer
+from .unloading import active_for_merge, merge_and_shrink
+from .verbalizer import install_verbalizer, keep_label_words
 from .watch import warn_once
-
-
-_NOTHING_TO_SHRINK = (
-    "merge_and_unload(shrink=True) took nothing out: each head and neuron still has weights left, as masks "
-    "of single weights nearly always leave them. The model keeps its size. To remove whole heads and neurons, "
-    "prune with granularity='head', 'column' or 'row', or by P-pruning (PPruningConfig)."
-)
 
 
 class PruningModel(BaseTuner):
@@ -135,8 +130,14 @@ class PruningModel(BaseTuner):
     # ---------------------------------------------------------------- injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As for every tuner; and warn if the sparsity that is asked for cannot be had."""
+        """As PEFT's; a name that cannot be that of an adapter raises `ValueError`, and is not registered."""
+        try:
+            check_adapter_name(adapter_name)
+        except ValueError:
+            self.peft_config.pop(adapter_name, None)
+            raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        warn_if_nothing_trains(model, self.peft_config[adapter_name], adapter_name)
         warn_if_unreachable(adapter_name, pruning_layers(model, adapter_name))
 
     def _is_own(self, module: nn.Module) -> bool:
@@ -212,7 +213,9 @@ class PruningModel(BaseTuner):
         """Check what was read before any of it is copied into the model."""
         stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {name: m for name, m in model.named_modules() if isinstance(m, PruningLayer)}
-        check_stored_state(stored, layers, config, cls.prefix, adapter_name)
+        with taken_back_on_error(model, adapter_name):
+            check_stored_state(stored, layers, config, cls.prefix, adapter_name)
+            check_saved_modules(stored, model, adapter_name)
         return stored
 
     # ------------------------------------------------------------------- merge
@@ -235,28 +238,12 @@ class PruningModel(BaseTuner):
                 for where there are none.
 
         Raises:
-            ValueError: `shrink=True`, and where heads and neurons live is not known for this architecture.
+            ValueError: an adapter is not loaded; `shrink=True`, and where heads and neurons live is not known for this
+                architecture.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        asked = bool(shrink)
-        if shrink is None:
-            shrink = any(cast(PruningConfig, self.peft_config[name]).structured for name in names)
-            shrink = shrink and self._has_anatomy()
-        if not shrink:
-            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        units = sum(site.units for site in find_sites(self.model))  # tells what it does not know before it merges
-        model = shrink_model(super().merge_and_unload(progressbar, safe_merge, adapter_names))
-        if asked and sum(site.units for site in find_sites(model)) == units:
-            warn_once("nothing to shrink", _NOTHING_TO_SHRINK)
-        return model
-
-    def _has_anatomy(self) -> bool:
-        try:
-            find_sites(self.model)
-        except ValueError as error:
-            warn_once("anatomy", f"The merged model keeps its zeros and is not made smaller. {error}")
-            return False
-        return True
+        with active_for_merge(self, adapter_names) as names:
+            merge = partial(super().merge_and_unload, progressbar, safe_merge, names)
+            return keep_label_words(lambda: merge_and_shrink(self, merge, names, shrink), self.model)
 
     # ------------------------------------------------------------- refusals
 
@@ -267,7 +254,7 @@ class PruningModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.get("adapter_names")
-        return nullcontext() if adapter_names is None else routed(self, adapter_names, kwargs.get("num_beams"))
+        return nullcontext() if adapter_names is None else routed(self, adapter_names, kwargs)
 
     def add_weighted_adapter(
         self,

@@ -106,11 +106,12 @@ def _update_adapter(
         raise ValueError(f"step={step!r} must be a whole number and lie between 0 and total_steps={total}.")
     if not 0 < grad_scale < math.inf:
         raise ValueError(f"grad_scale={grad_scale!r} must be the positive factor by which the loss is scaled, or 1.")
-    merged = [layer.module_name for layer in layers if layer.merged] if config.needs_weights else []
+    merged = [layer.module_name for layer in layers if layer.merged]
     if merged:
         raise ValueError(
-            f"The masks of adapter {name!r} follow from the base weights, into which adapters are merged "
-            f"({merged[0]!r} and others). Call model.unmerge_adapter() before the schedule is advanced."
+            f"update_schedule: adapters are merged into the base weights ({merged[0]!r} and others), so the masks of "
+            f"adapter {name!r} are not what the model computes with. Call model.unmerge_adapter() before the schedule "
+            "is advanced."
         )
     config.total_steps = int(total)  # NumPy's whole numbers are none to JSON
     check_wrapping(model, layers)

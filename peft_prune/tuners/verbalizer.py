@@ -7,7 +7,8 @@ answering two label words give start and end logits at every position.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional, cast
 
@@ -95,12 +96,30 @@ def label_words_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
             "Pass their samples in separate batches."
         )
     for head in heads:
-        head.asked = spec  # type: ignore[union-attr]
+        head.asked = (spec,)  # type: ignore[union-attr]
     try:
         yield
     finally:
         for head in heads:
-            head.asked = None  # type: ignore[union-attr]
+            head.asked = ()  # type: ignore[union-attr]
+
+
+def keep_label_words(merge: Callable[[], nn.Module], model: nn.Module) -> nn.Module:
+    """Merge, and have the model that comes out go on to answer with the label words of the adapter that was active."""
+    spec = model._peft_prune_verbalizer.active_spec() if hasattr(model, "_peft_prune_verbalizer") else None  # type: ignore[union-attr,operator]
+    merged = merge()
+    head = getattr(merged, "_peft_prune_verbalizer", None)
+    if spec is not None and head is not None:
+        head.merged = spec
+        warnings.warn(
+            f"The merged model answers with the label words {spec['words']!r} as long as this process holds it. They "
+            "are not part of a Transformers model: what its save_pretrained or peft_prune.save_compact writes is the "
+            "masked LM without them. To share the classifier, save the adapter instead, or its label words beside "
+            "the model.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return merged
 
 
 class _Head:
@@ -111,23 +130,24 @@ class _Head:
         self.input_ids: Optional[torch.Tensor] = None
         self.labels: tuple[Optional[torch.Tensor], ...] = ()
         self.num_items: Optional[torch.Tensor | int] = None
-        self.asked: Optional[dict[str, Any]] = None  # instead of that of the active adapter
+        self.asked: tuple[Optional[dict[str, Any]], ...] = ()  # one: instead of that of the active adapter
+        self.merged: Optional[dict[str, Any]] = None  # of an adapter that is part of the base model now
         self.model, self.decoder, self.decoder_forward = model, decoder, decoder.forward
         decoder.forward = self.decoder_or_words  # type: ignore  # a method, which copies and pickles can follow
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def active_spec(self) -> Optional[dict[str, Any]]:
-        if self.asked is not None:
-            return self.asked
+        if self.asked:
+            return self.asked[0] or self.merged
         for layer in self.model.modules():  # an adapter need not be in all of them
-            if not isinstance(layer, PruningLayer):
+            if not isinstance(layer, PruningLayer) or layer.disable_adapters:
                 continue
             for name in layer.active_adapters:
                 config = layer.pruning_config.get(name)
                 if config is not None and config.verbalizer:
                     return config.verbalizer
-        return None
+        return self.merged
 
     def decoder_or_words(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.decoder_forward(hidden) if self.spec is None else self.decode(self.decoder, hidden)

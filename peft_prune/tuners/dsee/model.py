@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional, cast
 
 import torch
@@ -15,6 +17,7 @@ from ...structure.sites import HEADS, find_sites
 from ..layer import pruning_layers
 from ..model import PruningModel
 from ..targets import default_target_modules
+from ..unloading import active_for_merge
 from .config import DSEEConfig
 from .layer import DSEE_LAYERS, DSEELayer, DSEEQuantizedLinear
 
@@ -113,23 +116,27 @@ class DSEEModel(PruningModel):
                 return torch.cat([rows[:, :width], rows[:, 2 * width :]], dim=1).flatten().sort().values
         return None
 
-    def merge_and_unload(  # type: ignore[override]
-        self, *args: Any, keep_sparse: Optional[bool] = None, inputs: Optional[dict[str, Any]] = None, **kwargs: Any
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        shrink: Optional[bool] = None,
+        keep_sparse: Optional[bool] = None,
+        inputs: Optional[dict[str, Any]] = None,
     ) -> nn.Module:
         """Merge masks and updates, and return the base model, without the heads and neurons that are gone.
 
         Args:
-            *args, **kwargs: as for [`PruningModel.merge_and_unload`].
+            progressbar, safe_merge, adapter_names, shrink: as for [`PruningModel.merge_and_unload`].
             keep_sparse (`bool`, *optional*): mask the update, too, so that merged weights are as sparse as the masks.
                 The model's outputs change then. By default what the config says, `False`.
             inputs (`dict`, *optional*): a batch, with which the change of the outputs is measured and logged.
         """
-        for name in self.active_adapters:
-            if keep_sparse is not None:
-                cast(DSEEConfig, self.peft_config[name]).keep_sparse = keep_sparse
-        before = self._outputs(self.model, inputs)
-        lost = self._lost_by_masking()
-        merged = super().merge_and_unload(*args, **kwargs)
+        with active_for_merge(self, adapter_names) as names, _sparse(self.peft_config, names, keep_sparse):
+            before = self._outputs(self.model, inputs)
+            lost = self._lost_by_masking(names)
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names, shrink)
         if lost:
             message = f"keep_sparse=True removed {lost:.2%} of the norm of the update."
             after = self._outputs(merged, inputs)
@@ -144,13 +151,27 @@ class DSEEModel(PruningModel):
         with torch.no_grad():
             return cast(Any, model)(**inputs)[0].float()
 
-    def _lost_by_masking(self) -> float:
+    def _lost_by_masking(self, names: Sequence[str]) -> float:
         """Share of the update's norm that falls on pruned weights and is about to be masked."""
         whole = gone = 0.0
         for layer in pruning_layers(self):
-            for name in layer.active_adapters:
+            for name in names:
                 if name in layer.pruning_config and cast(DSEEConfig, layer.pruning_config[name]).keep_sparse:
                     change = cast(DSEELayer, layer).delta(name).detach()
                     whole += float(change.square().sum())
                     gone += float(change[~layer.get_mask(name)].square().sum())
         return (gone / whole) ** 0.5 if whole else 0.0
+
+
+@contextmanager
+def _sparse(configs: dict[str, Any], names: Sequence[str], keep_sparse: Optional[bool]) -> Iterator[None]:
+    """While this is entered, adapters have another `keep_sparse`; what their configs say is put back."""
+    before = {name: configs[name].keep_sparse for name in names}
+    try:
+        for name in names if keep_sparse is not None else ():
+            configs[name].keep_sparse = keep_sparse
+        yield
+    finally:
+        for name, said in before.items():
+            if name in configs:
+                configs[name].keep_sparse = said
