@@ -1,5 +1,6 @@
 """Pruning methods for PEFT. Importing this package makes PEFT know them."""
 
+from .checked_loading import check_when_loaded
 from .config import PruningConfig
 from .hub import keep_card_on_push
 from .inference import use_dense_kernels, use_sparse_kernels
@@ -26,6 +27,7 @@ from .tuners.verbalizer import make_verbalizer
 
 
 keep_card_on_push()
+check_when_loaded()
 
 __version__ = "0.1.0"
 
