@@ -10,6 +10,7 @@ from .structure import architectures as _architectures  # registers the anatomie
 from .structure.anatomy import Attention, Block, FeedForward, register_anatomy
 from .structure.compact import load_compact, save_compact
 from .structure.flops import ModelSize, model_size
+from .structure.seal import seal_when_saved
 from .structure.shrink import shrink
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
@@ -28,6 +29,7 @@ from .tuners.verbalizer import make_verbalizer
 
 keep_card_on_push()
 check_when_loaded()
+seal_when_saved()
 
 __version__ = "0.1.0"
 

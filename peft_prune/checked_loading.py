@@ -1,7 +1,7 @@
 """Checks at the two places where adapters are loaded past the tuner.
 
-`PeftModel.load_adapter` under a name that is there (as `Trainer` resumes) reads no config and so knows no checksums, and
-PEFT tells of a missing `modules_to_save` by a bare `KeyError`. Transformers' `model.load_adapter` calls no hook of the
+`PeftModel.load_adapter` under a name that is there (as `Trainer` resumes) reads no config and so knows no checksums,
+and PEFT tells of a missing `modules_to_save` by a bare `KeyError`. Transformers' `model.load_adapter` calls no hook of the
 tuner after it has read the file.
 """
 

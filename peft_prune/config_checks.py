@@ -200,6 +200,6 @@ def _are_labels(spec: dict[str, Any]) -> bool:
     if not isinstance(words, (list, tuple)) or not isinstance(ids, (list, tuple)) or not is_names(words):
         return False
     numbers = [*ids] if mask is None else [*ids, mask]
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in numbers):
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
         return False
     return len(ids) == len(words) >= 2 and len(set(ids)) == len(ids)

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` records of the adapter: checksums of the tensors beside the masks, and of its own fields."""
+"""What `adapter_config.json` records: checksums of the tensors beside the masks, and of its own fields."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .codec import MaskFormatError
 def tensor_crc32(tensor: torch.Tensor) -> str:
     """CRC-32 of a tensor's bytes, row-major: 8 hexadecimal digits."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return f"{zlib.crc32(memoryview(data.numpy())):08x}"
+    return f"{zlib.crc32(data.numpy().tobytes()):08x}"
 
 
 def describe_tensor(tensor: torch.Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -38,7 +38,8 @@ def note_tensors(
         if isinstance(module, AuxiliaryTrainingWrapper):
             own = {key.removeprefix(f"{name}."): t for key, t in state_dict.items() if key.startswith(f"{name}.")}
             try:
-                tensors |= {f"{name}.{key}": t for key, t in module.adapter_state_dict(adapter_name, own).items()}
+                saved = cast(Any, module).adapter_state_dict(adapter_name, own)
+                tensors |= {f"{name}.{key}": tensor for key, tensor in saved.items()}
             except KeyError:  # names that a wrapper such as FSDP's has changed
                 config.tensors_when_saved = {}
                 return
@@ -73,6 +74,6 @@ def check_label_words(spec: Mapping[str, Any], model: nn.Module) -> None:
     largest = max([*spec["token_ids"], spec["mask_token_id"] or 0])
     if isinstance(head, nn.Linear) and largest >= head.out_features:
         raise ValueError(
-            f"verbalizer: token id {largest} is none of the {head.out_features} of this model. Load the base model that the "
-            "adapter was made for, or make the verbalizer with its tokenizer."
+            f"verbalizer: token id {largest} is none of the {head.out_features} of this model. Load the base model "
+            "that the adapter was made for, or make the verbalizer with its tokenizer."
         )
