@@ -1,8 +1,9 @@
-"""Checks at the two places where adapters are loaded past the tuner.
+"""Checks at three places where adapters are loaded past the tuner.
 
-`PeftModel.load_adapter` under a name that is there (as `Trainer` resumes) reads no config and so knows no checksums,
-and PEFT tells of a missing `modules_to_save` by a bare `KeyError`. Transformers' `model.load_adapter` calls no hook of the
-tuner after it has read the file.
+PEFT looks up `peft_type` before a class of ours is reached, and says no more than `KeyError`. `PeftModel.load_adapter`
+under a name that is there (as `Trainer` resumes) reads no config and so knows no checksums, and of a missing
+`modules_to_save` it says no more than `KeyError`. Transformers' `model.load_adapter` calls no hook of the tuner after
+it has read the file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
@@ -26,8 +29,24 @@ def check_when_loaded() -> None:
     """Have both ways of loading check a pruning adapter; others are not touched."""
     if getattr(PeftModel.load_adapter, "checks_pruning", False):
         return
+    PeftConfigMixin.from_json_file = classmethod(_read(PeftConfigMixin.from_json_file.__func__))  # type: ignore
     PeftModel.load_adapter = _by_peft(PeftModel.load_adapter)  # type: ignore[method-assign]
     PreTrainedModel.load_adapter = _by_transformers(PreTrainedModel.load_adapter)  # type: ignore[method-assign]
+
+
+def _read(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_json_file(cls: Any, path_json_file: str, **kwargs: Any) -> Any:
+        fields = original(cls, path_json_file, **kwargs)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path_json_file} holds no dict of fields. {DAMAGED}")
+        name = fields.get("peft_type")
+        method = PEFT_TYPE_TO_CONFIG_MAPPING.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]
+        if "mask_format" in fields and not (method and issubclass(method, PruningConfig)):
+            raise ValueError(f"peft_type={name!r:.80} is no pruning method, but {path_json_file} is of one. {DAMAGED}")
+        return fields
+
+    return from_json_file
 
 
 def _by_peft(original: Any) -> Any:

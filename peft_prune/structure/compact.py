@@ -112,12 +112,12 @@ def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTraine
     if model_class is not None:
         return model_class
     names = config.architectures
-    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-    found = getattr(transformers, names[0], None) if one else None
+    one = names[0] if isinstance(names, list) and len(names) == 1 else None
+    found = getattr(transformers, one, None) if isinstance(one, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The config's architectures={names!r} name no model class of Transformers. Give load_compact a `model_class`, "
-            "such as AutoModelForSequenceClassification."
+            f"The config's architectures={names!r} name no model class of Transformers. Give load_compact a "
+            "`model_class`, such as AutoModelForSequenceClassification."
         )
     return found
 
