@@ -1,5 +1,6 @@
 """Pruning methods for PEFT. Importing this package makes PEFT know them."""
 
+from .checked_loading import check_when_loaded
 from .config import PruningConfig
 from .hub import keep_card_on_push
 from .inference import use_dense_kernels, use_sparse_kernels
@@ -9,6 +10,7 @@ from .structure import architectures as _architectures  # registers the anatomie
 from .structure.anatomy import Attention, Block, FeedForward, register_anatomy
 from .structure.compact import load_compact, save_compact
 from .structure.flops import ModelSize, model_size
+from .structure.seal import seal_when_saved
 from .structure.shrink import shrink
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
@@ -29,6 +31,8 @@ from .tuners.verbalizer import make_verbalizer
 
 keep_card_on_push()
 merge_masks_below_other_adapters()
+check_when_loaded()
+seal_when_saved()
 
 __version__ = "0.1.0"
 

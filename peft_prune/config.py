@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
@@ -12,13 +11,17 @@ from peft import PeftConfig
 
 from .config_checks import (
     check_allocation,
+    check_names,
     check_number,
     check_schedule,
+    check_sparsity_pattern,
     check_stored_form,
     check_targets,
     check_training,
+    check_verbalizer,
     plain,
 )
+from .config_record import check_config, checksums_for
 from .masks.codec import VERSION
 from .masks.granularity import NMGranularity, parse_granularity
 from .masks.schedule import Schedule
@@ -101,6 +104,11 @@ class PruningConfig(PeftConfig):
         check_base (`bool`):
             Whether loading a final mask checks that the base model is the one the mask was made for. To load it on
             another one all the same, set it to `False` in the config and pass that to `from_pretrained`.
+        check_tensors (`bool`):
+            Whether loading compares tensors and config with their checksums, and rejects NaN. Set it to `False` in
+            `adapter_config.json` if you edited the files on purpose.
+        checksums (`dict`, *optional*):
+            Checksums of the config and of the tensors that are no masks. Written by `save_pretrained`.
         mask_info (`dict`, *optional*):
             Shape, number of kept weights, checksum of each final mask, samples of its base weight. Written by
             [`peft_prune.finalize`].
@@ -119,8 +127,7 @@ class PruningConfig(PeftConfig):
     stores_values: ClassVar[bool] = False
     gated: ClassVar[bool] = False
     penalty_offset: ClassVar[float] = 0.0
-    # whether the sparsity comes out of training, instead of being given
-    finds_sparsity: ClassVar[bool] = False
+    finds_sparsity: ClassVar[bool] = False  # whether it comes out of training, instead of being given
     # at least this share of each matrix stays when scores are compared with a threshold
     min_density: ClassVar[float] = 0.0
     value_dtype: ClassVar[str] = "float32"
@@ -131,6 +138,8 @@ class PruningConfig(PeftConfig):
     # whether it is a failure if next to nothing is removed
     expects_removal: ClassVar[bool] = True
     from_existing_zeros: ClassVar[bool] = False
+    # records of what the tuner handed out last, until the config is saved; empty if out of reach
+    tensors_when_saved: ClassVar[Optional[dict[str, Any]]] = None
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
     density: InitVar[Optional[float]] = None
@@ -178,6 +187,8 @@ class PruningConfig(PeftConfig):
         default=None, metadata={"help": "Label words over a frozen masked-LM head, from make_verbalizer."}
     )
     check_base: bool = field(default=True, metadata={"help": "Refuse a base model that the mask was not made for."})
+    check_tensors: bool = field(default=True, metadata={"help": "Compare file and config with their checksums."})
+    checksums: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Of config and tensors, when saved."})
     finalized: bool = field(default=False, metadata={"help": "Whether the masks are final."})
     mask_info: Optional[dict[str, dict[str, Any]]] = field(
         default=None, metadata={"help": "Shape, kept weights and checksum of each final mask."}
@@ -190,12 +201,15 @@ class PruningConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        check_names(self)
         check_targets(self)
         self._resolve_sparsity(density)
         check_allocation(self)
         check_schedule(self)
         check_training(self)
         check_stored_form(self)
+        check_verbalizer(self.verbalizer)
+        check_config(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # whatever the field, and whenever it is set: JSON cannot write NumPy's numbers, and tells only after training
@@ -236,27 +250,18 @@ class PruningConfig(PeftConfig):
             self.sparsity = DEFAULT_SPARSITY
         fix = "It is the share of weights removed, e.g. sparsity=0.9."
         check_number("sparsity", self.sparsity, 0.0, 1.0, fix, open_high=True)
-        if not isinstance(self.sparsity_pattern or {}, dict):
-            raise ValueError(
-                f"sparsity_pattern={self.sparsity_pattern!r} must be a dict of sparsities by module name, such as "
-                "{'query': 0.5}."
-            )
-        for key, value in (self.sparsity_pattern or {}).items():
-            try:
-                re.compile(key)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"sparsity_pattern: {key!r} is no module name or regular expression ({error})."
-                ) from error
-            check_number(f"sparsity_pattern[{key!r}]", value, 0.0, 1.0, fix, open_high=True)
+        check_sparsity_pattern(self.sparsity_pattern, fix)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the README.md that PEFT put there say how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
+        folder, before = Path(save_directory), self.checksums
+        self.checksums = checksums_for(self, folder)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.checksums, self.tensors_when_saved = before, None  # type: ignore[misc]
         # an adapter that is not called "default" is saved below the folder that holds the README.md
-        has_own = (folder / "README.md").exists()
-        add_loading_instructions(folder if has_own else folder.parent, self)
+        add_loading_instructions(folder if (folder / "README.md").exists() else folder.parent, self)
 
     def sparsity_schedule_for(self, target: float) -> Schedule:
         """Schedule of the sparsity of a module whose final sparsity is `target`."""

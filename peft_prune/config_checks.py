@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,51 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise `ValueError` if a field is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
+
+
+def check_names(config: Any) -> None:
+    """Names of modules and numbers of layers have to be such: PEFT puts some of them into regular expressions."""
+    for name in ("target_modules", "exclude_modules", "prune_target_modules"):
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str) and not is_names(value):
+            raise ValueError(f"{name}={value!r:.200} must be a list of names, or a regular expression as a string.")
+        if isinstance(value, str):
+            check_pattern(name, value)
+    for name in ("modules_to_save", "layers_pattern"):
+        value = getattr(config, name)
+        names = [value] if isinstance(value, str) and name == "layers_pattern" else value
+        if names is not None and not (is_names(names) and all(re.fullmatch(r"[\w.\-/]*", n) for n in names)):
+            raise ValueError(f"{name}={value!r:.200} must be a list of names of modules, without special characters.")
+    layers = config.layers_to_transform
+    numbers = [layers] if isinstance(layers, int) else layers
+    if numbers is not None and not (
+        isinstance(numbers, (list, tuple, set, range)) and all(isinstance(n, int) for n in numbers)
+    ):
+        raise ValueError(f"layers_to_transform={layers!r:.200} must be a whole number, or a list of them.")
+
+
+def is_names(value: Any) -> bool:
+    """Whether a value is a list or set of strings."""
+    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raise `ValueError` if a field is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name}: {pattern!r:.200} is no module name or regular expression ({error}).") from error
+
+
+def check_sparsity_pattern(pattern: Any, fix: str) -> None:
+    """Raise `ValueError` if a field is no dict of sparsities by name or regular expression."""
+    if not isinstance(pattern or {}, dict):
+        raise ValueError(
+            f"sparsity_pattern={pattern!r:.200} must be a dict of sparsities by module name, such as {{'query': 0.5}}."
+        )
+    for key, value in (pattern or {}).items():
+        check_pattern("sparsity_pattern", key)
+        check_number(f"sparsity_pattern[{key!r}]", value, 0.0, 1.0, fix, open_high=True)
 
 
 def check_targets(config: Any) -> None:
@@ -126,7 +172,13 @@ def check_stored_form(config: Any) -> None:
     """What a file says of its masks."""
     check_flag("finalized", config.finalized)
     check_flag("check_base", config.check_base)
-    if config.mask_format not in READABLE:
+    check_flag("check_tensors", config.check_tensors)
+    if config.mask_info is not None and not isinstance(config.mask_info, dict):
+        raise ValueError(
+            f"mask_info={config.mask_info!r:.80} must be a dict by module name: the adapter's config is damaged. "
+            "Download or save it again."
+        )
+    if isinstance(config.mask_format, bool) or config.mask_format not in READABLE:
         raise ValueError(
             f"mask_format={config.mask_format!r} is not known to this version of peft_prune, which reads "
             f"{' and '.join(map(str, READABLE))}. "
@@ -137,7 +189,29 @@ def check_stored_form(config: Any) -> None:
     for name, info in (config.mask_info or {}).items():
         if not is_mask_info(info):
             raise ValueError(
-                f"mask_info[{name!r}]={info!r} must be a dict of shape (two positive numbers), kept (at most as "
+                f"mask_info[{name!r}]={info!r:.400} must be a dict of shape (two positive numbers), kept (at most as "
                 "many weights), bytes (no more than the packed mask) and crc32 (text): the adapter's config is "
                 "damaged. Download or save it again."
             )
+
+
+def check_verbalizer(spec: Any) -> None:
+    """Raise `ValueError` if a field is neither `None` nor what [`make_verbalizer`] returns."""
+    if spec is None:
+        return
+    known = isinstance(spec, dict) and spec.keys() == {"task", "words", "token_ids", "mask_token_id"}
+    if not known or spec["task"] not in ("SEQ_CLS", "QUESTION_ANS") or not _are_labels(spec):
+        raise ValueError(
+            f"verbalizer={spec!r:.200} must be what peft_prune.make_verbalizer returns: task ('SEQ_CLS' or "
+            "'QUESTION_ANS'), two words at least, a token id of its own for each, and mask_token_id."
+        )
+
+
+def _are_labels(spec: dict[str, Any]) -> bool:
+    words, ids, mask = spec["words"], spec["token_ids"], spec["mask_token_id"]
+    if not isinstance(words, (list, tuple)) or not isinstance(ids, (list, tuple)) or not is_names(words):
+        return False
+    numbers = [*ids] if mask is None else [*ids, mask]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and int(n) >= 0 for n in numbers):
+        return False
+    return len(ids) == len(words) >= 2 and len(set(ids)) == len(ids)

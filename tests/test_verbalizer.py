@@ -113,7 +113,7 @@ def test_follows_the_active_adapter_and_disabling(batch):
         full = base(input_ids=IDS).logits
     model = get_peft_model(base, SMPConfig(verbalizer=verbalizer()))
     model.add_adapter("plain", SMPConfig())
-    other = verbalizer() | {"token_ids": [5, 6, 7]}
+    other = verbalizer() | {"words": ["bad", "fair", "good"], "token_ids": [5, 6, 7]}
     model.add_adapter("other", SMPConfig(verbalizer=other))
     assert model(input_ids=IDS).logits.shape == (3, 2)
     model.set_adapter("other")

@@ -10,8 +10,13 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 
 from ..config import PruningConfig
+from ..config_record import check_tensors
 from ..masks.codec import MaskFormatError, check_stored, check_values, load_mask, stored_shape, stored_size
 from .summary import LayerDensity, stored_densities
+
+
+# weights that are unpacked whatever the number of bytes; above, as many for each stored byte: sparsity of 99.8 %
+_FREELY, _WEIGHTS_A_BYTE = 2**25, 512
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,21 @@ class AdapterFile:
         info = (self.config.mask_info or {})[name]
         return load_mask(name, self.tensors[name], info, self.config.mask_format)
 
+    def bounded_mask(self, name: str) -> torch.Tensor:
+        """As [`mask`], where there is no base model whose shapes bound the memory.
+
+        Raises:
+            MaskFormatError: the record's shape is out of all proportion to the bytes that are stored.
+        """
+        info = (self.config.mask_info or {})[name]
+        size, stored = math.prod(stored_shape(info)), stored_size(info)
+        if max(size, math.prod(info["shape"])) > _FREELY + _WEIGHTS_A_BYTE * stored:
+            raise MaskFormatError(
+                f"{name!r} is {tuple(info['shape'])} according to adapter_config.json, but only {stored} bytes are "
+                "stored: too few to be unpacked without its base model. Check it with peft-prune verify first."
+            )
+        return self.mask(name)
+
 
 def size_of_masks(adapter: AdapterFile) -> str:
     """Bytes of all masks in words, compared with the entropy where there is any: a dense mask has none."""
@@ -95,7 +115,8 @@ def read_adapter(source: str) -> AdapterFile:
     method = str(config.peft_type.value).lower()  # type: ignore[union-attr]
     kinds: dict[str, dict[str, torch.Tensor]] = {f".{method}_mask": {}, f".{method}_values": {}}
     others = {}
-    for key, tensor in load_peft_weights(source, device="cpu").items():
+    stored = load_peft_weights(source, device="cpu")
+    for key, tensor in stored.items():
         suffix = next((suffix for suffix in kinds if key.endswith(suffix)), None)
         if suffix is None:
             others[key] = tensor
@@ -110,4 +131,7 @@ def read_adapter(source: str) -> AdapterFile:
             if name not in values:
                 raise MaskFormatError(f"{source}: the adapter file holds no values for {name!r}.")
             check_values(name, values[name], info["values"])
+    if extra := sorted(tensors.keys() - (config.mask_info or {}).keys()):
+        raise MaskFormatError(f"{source}: the adapter file holds a mask for {extra[0]!r}, which the config does not.")
+    check_tensors(config, stored)
     return AdapterFile(str(source), config, tensors, values, others)

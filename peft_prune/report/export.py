@@ -52,8 +52,7 @@ def load_with_base(adapter: AdapterFile, base: Optional[str] = None) -> tuple[Pe
     if config.task_type in _CLASSES:
         model_class = getattr(transformers, _CLASSES[config.task_type])  # type: ignore[index]
     elif config.auto_mapping:  # as PEFT's AutoPeftModel does
-        module = importlib.import_module(config.auto_mapping["parent_library"])
-        model_class = getattr(module, config.auto_mapping["base_model_class"])
+        model_class = _mapped_class(config.auto_mapping)
     else:
         raise ValueError("The adapter's config has neither task_type nor auto_mapping, so its model class is unknown.")
     labels = _number_of_labels(adapter)
@@ -88,6 +87,24 @@ def _loading_report_held_back() -> Iterator[list[logging.LogRecord]]:
         _TRANSFORMERS.removeFilter(passes)
         for record in held_back:
             _TRANSFORMERS.handle(record)
+
+
+def _mapped_class(mapping: Any) -> Any:
+    """Class that `auto_mapping` names. A stranger's config must not import whatever is installed.
+
+    Raises:
+        ValueError: it is no model class of Transformers.
+    """
+    names = [mapping.get(key) if isinstance(mapping, dict) else None for key in ("parent_library", "base_model_class")]
+    module, name = (part if isinstance(part, str) else "" for part in names)
+    # what Transformers offers by itself: nothing is imported by a name from the file
+    found = getattr(transformers, name, None) if module.partition(".")[0] == "transformers" else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"auto_mapping={mapping!r:.200} names no model class of Transformers. Load the model in Python: "
+            "PeftModel.from_pretrained(base_model, ...)."
+        )
+    return found
 
 
 def _not_stored(loading: dict[str, Any], adapter: AdapterFile) -> list[str]:

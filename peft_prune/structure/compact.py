@@ -13,6 +13,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from .anatomy import Anatomy
 from .record import FIELD, read_record
+from .seal import SEAL, check_seal
 from .shrink import keep_units
 from .sites import find_sites
 
@@ -56,6 +57,7 @@ def load_compact(
     pretrained_model_name_or_path: str | os.PathLike,
     model_class: Any = None,
     anatomy: Optional[Anatomy] = None,
+    check_tensors: bool = True,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a compact model.
@@ -65,12 +67,16 @@ def load_compact(
         model_class (`type`, *optional*): class of the model or an `AutoModelFor...`, by default the class that was
             saved.
         anatomy (`tuple[Block, ...]`, *optional*): by default what is registered for the architecture.
+        check_tensors (`bool`): compare tensors and config with their checksums. `False` if you edited them on purpose.
         **kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...; and fields of the
             model's config, such as `num_labels`.
 
     Raises:
         ValueError: the model is not compact, its class is not known, or its record does not fit.
+        MaskFormatError: a tensor is not the one that was saved.
     """
+    if check_tensors:
+        check_seal(pretrained_model_name_or_path, kwargs)
     config = kwargs.pop("config", None)
     if config is None:
         both = {name: value for name, value in kwargs.items() if name in _OF_MODEL_TOO}
@@ -82,6 +88,7 @@ def load_compact(
             f"{pretrained_model_name_or_path} is no compact model: its config has no {FIELD!r}. Load it with "
             "from_pretrained."
         )
+    setattr(config, SEAL, None)  # of these files, and not of what is saved next
     kept = {key: read_record(entry) for key, entry in record.items()}
     sizes = {key: entry["units"] for key, entry in record.items()}
     original = _resolve_class(config, model_class)
@@ -104,13 +111,15 @@ def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTraine
         return _get_model_class(config, model_class._model_mapping)
     if model_class is not None:
         return model_class
-    names = config.architectures or []
-    if len(names) != 1 or not hasattr(transformers, names[0]):
+    names = config.architectures
+    one = names[0] if isinstance(names, list) and len(names) == 1 else None
+    found = getattr(transformers, one, None) if isinstance(one, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The config's architectures={names!r} name no class of Transformers. Give load_compact a `model_class`, "
-            "such as AutoModelForSequenceClassification."
+            f"The config's architectures={names!r} name no model class of Transformers. Give load_compact a "
+            "`model_class`, such as AutoModelForSequenceClassification."
         )
-    return getattr(transformers, names[0])
+    return found
 
 
 def _keep_recorded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -20,11 +19,13 @@ from .combine import add_combined_adapter
 from .convolution import CONVOLUTIONS
 from .distributed import unsplit, without_shards
 from .embedding import PrunedEmbedding
+from .file_checks import check_file, check_label_words, note_tensors
 from .heads import head_granularity
 from .layer import PruningLayer, pruning_layers
 from .linear import LAYER_CLASSES, layer_class_for
 from .load_checks import check_base_weights, check_finite, check_has_zeros, check_stored_state, check_targets
 from .load_modules import check_saved_modules, taken_back_on_error
+from .matching import is_target, pattern_of
 from .mixed_batch import routed
 from .quantized import PrunedQuantizedLinear
 from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
@@ -78,7 +79,7 @@ class PruningModel(BaseTuner):
         for name, granularity in self._granularities(config, targets).items():
             granularity.check_shape(name, targets[name].shape)
         for key in config.sparsity_pattern or {}:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):
+            if not any(pattern_of([key], name) == key for name in targets):
                 raise ValueError(
                     f"sparsity_pattern[{key!r}] matches none of the {len(targets)} pruned modules, for instance "
                     f"{next(iter(targets))!r}. Correct the name, or remove the entry."
@@ -92,6 +93,7 @@ class PruningModel(BaseTuner):
             if config.check_base:
                 check_base_weights(config.mask_info or {}, targets)
         if config.verbalizer:
+            check_label_words(config.verbalizer, model)
             install_verbalizer(model)
 
     def _granularities(self, config: PruningConfig, targets: dict[str, PruningLayer]) -> dict[str, Granularity]:
@@ -139,6 +141,10 @@ class PruningModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         warn_if_nothing_trains(model, self.peft_config[adapter_name], adapter_name)
         warn_if_unreachable(adapter_name, pruning_layers(model, adapter_name))
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return is_target(peft_config, key)
 
     def _is_own(self, module: nn.Module) -> bool:
         return isinstance(module, PruningLayer) and module.prefix == self.prefix
@@ -204,7 +210,9 @@ class PruningModel(BaseTuner):
         trained = [layer for layer in pruning_layers(model, adapter_name) if adapter_name in layer.progress]
         config.sparsity_when_saved = sparsity(trained, adapter_name) if trained else None
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return without_shards(found, cls.prefix) if config.finalized else found
+        found = without_shards(found, cls.prefix) if config.finalized else found
+        note_tensors(cls, model, config, adapter_name, state_dict, found)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -216,6 +224,7 @@ class PruningModel(BaseTuner):
         with taken_back_on_error(model, adapter_name):
             check_stored_state(stored, layers, config, cls.prefix, adapter_name)
             check_saved_modules(stored, model, adapter_name)
+            check_file(model, config, adapter_name, state_dict)
         return stored
 
     # ------------------------------------------------------------------- merge

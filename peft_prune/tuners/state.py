@@ -6,7 +6,6 @@ import math
 from typing import Any, Optional
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import DEFAULT_SPARSITY, PruningConfig
@@ -19,6 +18,7 @@ from ..masks.warm_start import LastThreshold
 from .cached_weight import version
 from .holdings import Holdings
 from .low_rank_scores import Start, initial_factors
+from .matching import pattern_of
 
 
 class AdapterState(Holdings):
@@ -110,7 +110,7 @@ class AdapterState(Holdings):
     def own_sparsity(self, adapter_name: str) -> Optional[float]:
         """What `sparsity_pattern` says of this module, `None` if nothing."""
         pattern = self.pruning_config[adapter_name].sparsity_pattern or {}
-        return pattern.get(get_pattern_key(list(pattern), self.module_name))
+        return pattern.get(pattern_of(pattern, self.module_name))
 
     def target_sparsity(self, adapter_name: str) -> float:
         """Final sparsity of this module: its own if it has one, otherwise the config's."""

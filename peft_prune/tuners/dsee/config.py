@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Optional, Union
 
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from ...config import PruningConfig
 from ...config_checks import check_choice, check_number, check_whole
+from ..matching import is_target
 
 
 SUPPORTS, IMPORTANCES = ("grebsmo", "random", "magnitude"), ("update", "effective", "weight")
@@ -112,13 +111,11 @@ class DSEEConfig(PruningConfig):
 
     def prunes(self, module_name: str) -> bool:
         """Whether a module is among those that are pruned."""
-        pruned = copy.copy(self)
-        pruned.target_modules = self.prune_target_modules
-        return self.prune_target_modules is not None and self.updates(module_name, pruned)
+        return self.prune_target_modules is not None and bool(is_target(self, module_name, "prune_target_modules"))
 
-    def updates(self, module_name: str, config: Optional[Any] = None) -> bool:
+    def updates(self, module_name: str) -> bool:
         """Whether a module is among those that are updated."""
-        return bool(BaseTuner._check_target_module_exists(config or self, module_name))
+        return bool(is_target(self, module_name))
 
     def final_step(self, total_steps: int) -> int:
         """Optimizer step at which it is pruned, once."""

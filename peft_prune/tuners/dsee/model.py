@@ -81,11 +81,27 @@ class DSEEModel(PruningModel):
         pruned = _maybe_include_all_linear_layers(pruned, model)
         peft_config.prune_target_modules = pruned.target_modules
         super()._prepare_model(peft_config, model)
+        self._check_sizes(peft_config, model)
         if not any(peft_config.prunes(name) for name in self._find_targets(peft_config, model)):
             raise ValueError(
                 f"prune_target_modules={peft_config.prune_target_modules!r} matches no module of the base model. "
                 "Correct the names, or leave it out to prune the linear layers inside the numbered blocks."
             )
+
+    def _check_sizes(self, config: DSEEConfig, model: nn.Module) -> None:
+        """An update is no larger than the matrix; a config from a stranger may ask for more than there is memory."""
+        for name, layer in self._find_targets(config, model).items():
+            if not config.updates(name):
+                continue
+            if config.r > max(layer.shape):
+                raise ValueError(
+                    f"r={config.r!r} is above both sides of {name!r}, {layer.shape}. Use a rank below the smaller one."
+                )
+            if config.num_sparse > layer.shape[0] * layer.shape[1]:
+                raise ValueError(
+                    f"num_sparse={config.num_sparse!r} is more than the {layer.shape[0] * layer.shape[1]} weights of "
+                    f"{name!r}. Use fewer places."
+                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
