@@ -8,16 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from helpers.models import (  # noqa: F401
-    BERT,
-    BERT_TARGET_WEIGHTS,
-    logits,
-    make_bert,
-    make_gpt2,
-    make_llama,
-    make_masked_lm,
-    snapshot,
-)
+from helpers.models import make_bert, make_gpt2
 
 from peft_prune.tuners import watch
 

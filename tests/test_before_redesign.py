@@ -1,4 +1,4 @@
-"""What the redesign must not change: files that were written before it load to the same, trainings give the same masks."""
+"""What the redesign must not change: files of before load to the same, and trainings give the same masks."""
 
 import copy
 import json

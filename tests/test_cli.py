@@ -7,12 +7,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
+from helpers.architectures import ARCHITECTURES
+from helpers.damage import DAMAGE
+from helpers.methods import final_adapter, prune, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_layer import prune, randomize_scores
-from test_save_load import DAMAGE, final_adapter
 from transformers import AutoModelForSequenceClassification, BartModel
 
 import peft_prune

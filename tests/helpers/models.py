@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -71,3 +72,13 @@ def logits(model, batch):
     model.eval()
     with torch.no_grad():
         return model(input_ids=batch["input_ids"]).logits
+
+
+def sparse_base(share=0.7):
+    base = make_bert()
+    generator = torch.Generator().manual_seed(2)
+    for block in base.bert.encoder.layer:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data[torch.rand(module.weight.shape, generator=generator) < share] = 0
+    return base

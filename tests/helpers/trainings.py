@@ -236,7 +236,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def digest_record(config: Any) -> dict[str, str]:
-    """SHA-256 of each field of `mask_info`, over all modules. What depends on rounding, the values' checksum, is out."""
+    """SHA-256 of each field of `mask_info`, over all modules, without the values' checksum, which rounding changes."""
     fields: dict[str, list[str]] = {}
     for module, info in sorted(config.mask_info.items()):
         for name, value in sorted(info.items()):
