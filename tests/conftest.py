@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures; no network."""
+"""Fixtures for all test files; what else they share is in tests/helpers."""
 
 import os
 
@@ -6,84 +6,22 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import peft
 import pytest
 import torch
-from packaging.version import Version
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-from transformers.integrations import peft as transformers_peft
+from helpers.methods import prune
+from helpers.models import make_bert, make_gpt2
+from transformers import AutoModelForSequenceClassification
 
+from peft_prune import finalize
 from peft_prune.tuners import watch
 
 
 torch.set_num_threads(1)
 
-# Transformers 5.24 wants PEFT 0.22 for `model.add_adapter`, `set_adapter` and the like; PEFT's own functions work
-WANTED_PEFT = getattr(transformers_peft, "MIN_PEFT_VERSION", "0")
-OLD_PEFT = Version(peft.__version__) < Version(WANTED_PEFT)
-needs_adapters_of_transformers = pytest.mark.skipif(
-    OLD_PEFT,
-    reason=f"model.add_adapter of this Transformers wants PEFT {WANTED_PEFT} or newer",
-)
-
-BERT = {
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-# query, key, value, attention output, and the two of the feed-forward, in two layers
-BERT_TARGET_WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 48)
-
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings():
     watch._warned.clear()
-
-
-def make_bert(num_labels=2, seed=0, **changes):
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(BertConfig(**BERT | changes, num_labels=num_labels)).eval()
-
-
-def make_masked_lm(seed=0):
-    torch.manual_seed(seed)
-    # wide enough for a mask alone to change what the model says
-    return BertForMaskedLM(BertConfig(**BERT, initializer_range=0.3)).eval()
-
-
-def make_gpt2(seed=0):
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=90, n_positions=32, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def make_llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
@@ -102,12 +40,12 @@ def batch():
     return {"input_ids": torch.randint(0, 90, (4, 9)), "labels": torch.tensor([0, 1, 1, 0])}
 
 
-def snapshot(module):
-    """Copies of all parameters and buffers."""
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def logits(model, batch):
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"]).logits
+@pytest.fixture
+def saved(tmp_path):
+    """A base model on disk and an adapter that names it."""
+    make_bert(num_labels=3).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = prune(base, 0.8, task_type="SEQ_CLS", allocation="score")
+    finalize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model

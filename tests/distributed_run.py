@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from conftest import make_bert
+from helpers.architectures import batches
+from helpers.callbacks import Record
+from helpers.data import arguments, data
+from helpers.methods import SMALL
+from helpers.models import make_bert, sparse_base
 from peft import get_peft_model
-from test_dsee import SMALL
-from test_movement import sparse_base
-from test_ppruning import batches
-from test_training import Record, arguments, data
 
 from peft_prune import (
     DSEEConfig,

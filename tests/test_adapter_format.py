@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_gpt2
-from methods import advance, config
+from helpers.masks import uneven_mask
+from helpers.methods import advance, config, final_adapter
+from helpers.models import make_gpt2
 from peft import get_peft_model
 from safetensors.numpy import load_file
-from test_codec import uneven_mask
-from test_save_load import final_adapter
 
 from peft_prune import PPruningConfig, calibrate, finalize
 from peft_prune.masks import entropy

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2, make_llama, make_masked_lm, snapshot
-from methods import METHODS, adapter, advance, config
+from helpers.methods import METHODS, adapter, advance, config
+from helpers.models import logits, make_bert, make_gpt2, make_llama, make_masked_lm, snapshot
+from helpers.verbalizer import IDS, POSITIONS, verbalizer
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_verbalizer import IDS, POSITIONS, verbalizer
 from transformers import (
     BertConfig,
     BertForMultipleChoice,

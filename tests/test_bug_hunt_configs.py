@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import logits, make_bert
-from methods import METHODS, TRAINED, adapter, advance, config
+from helpers.data import arguments, data
+from helpers.methods import METHODS, TRAINED, adapter, advance, config
+from helpers.models import logits, make_bert
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_training import arguments, data
 from torch import nn
 
 from peft_prune import (

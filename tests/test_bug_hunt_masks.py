@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_llama
-from methods import adapter, advance, config
+from helpers.methods import adapter, advance, config
+from helpers.models import logits, make_bert, make_llama
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
+from helpers.commands import run
+from helpers.data import arguments, data
+from helpers.methods import METHODS, adapter, config, final_adapter, prune, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
-from methods import METHODS, adapter, config
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from rich.console import Console
-from test_cli import run, saved  # noqa: F401
-from test_layer import prune, randomize_scores
-from test_save_load import final_adapter
-from test_training import arguments, data
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import peft as transformers_peft
@@ -40,7 +38,7 @@ from peft_prune.report import plot_density, plot_training, plot_units, read_adap
 
 
 @pytest.fixture
-def adapters(saved):  # noqa: F811
+def adapters(saved):
     """Folder with a base model and an adapter that names it."""
     return saved[0]
 
@@ -411,7 +409,6 @@ def test_a_penalty_is_printed(tmp_path, capsys):
 CALIBRATE = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from conftest import make_bert
 from peft import get_peft_model
 from peft_prune import PPruningConfig, calibrate
 from transformers.utils import logging

@@ -4,12 +4,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_llama
 from datasets import Dataset
-from methods import TRAINED, config
+from helpers.data import arguments, data, tokenizer
+from helpers.methods import TRAINED, config, smp_bert
+from helpers.models import make_llama
 from peft import get_peft_model
-from test_training import arguments, data, smp_bert
-from test_verbalizer import tokenizer
 from transformers import Trainer
 
 from peft_prune import (

@@ -1,41 +1,24 @@
 """The `peft-prune` command on adapters that were saved, and on what is none."""
 
 import importlib.util
-import json
 import os
 
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
+from helpers.architectures import ARCHITECTURES
+from helpers.commands import run
+from helpers.damage import DAMAGE
+from helpers.methods import final_adapter, prune, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_layer import prune, randomize_scores
-from test_save_load import DAMAGE, final_adapter
 from transformers import AutoModelForSequenceClassification, BartModel
 
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
 from peft_prune.cli import main
 from peft_prune.tuners.layer import pruning_layers
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A base model on disk and an adapter that names it."""
-    make_bert(num_labels=3).save_pretrained(tmp_path / "base")
-    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = prune(base, 0.8, task_type="SEQ_CLS", allocation="score")
-    finalize(model)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path, model
-
-
-def run(capsys, *argv, code=0):
-    assert main([str(a) for a in argv]) == code
-    printed = capsys.readouterr()
-    return json.loads(printed.out) if "--json" in argv else printed
 
 
 def test_inspect(saved, capsys):

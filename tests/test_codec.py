@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.masks import uneven_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,13 +25,6 @@ from peft_prune.masks.codec import (
 def random_mask(rows, columns, density, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, columns, generator=generator) < density
-
-
-def uneven_mask(rows, columns, seed=0):
-    """Dense and empty rows and columns, as training leaves them."""
-    generator = np.random.default_rng(seed)
-    share = np.outer(generator.random(rows) ** 3, generator.random(columns) ** 2)
-    return torch.from_numpy(generator.random((rows, columns)) < share)
 
 
 def bound(mask):

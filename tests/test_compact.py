@@ -5,11 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, inputs, make
-from conftest import make_bert
+from helpers.architectures import ARCHITECTURES, inputs, logits, make, zero_some
+from helpers.models import make_bert
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_shrink import logits, zero_some
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import logits, make_bert
+from helpers.methods import final_adapter, prune
+from helpers.models import logits, make_bert
 from peft import PeftModel
-from test_layer import prune
-from test_save_load import final_adapter
 
 from peft_prune import create_pruning_optimizer, update_schedule
 from peft_prune.tuners.layer import pruning_layers

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BERT, make_bert, make_llama
 from datasets import Dataset
+from helpers.callbacks import Gradients
+from helpers.data import arguments, data
+from helpers.methods import smp_bert
+from helpers.models import BERT, make_bert, make_llama
 from peft import get_peft_model
-from test_training import Gradients, arguments, data, smp_bert
 from transformers import BertConfig, BertForTokenClassification
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bert
 from distributed_run import BLOCKS, KILLED, REFUSED, SAVED, SHORT, STEPS, STRATEGIES
+from helpers.models import make_bert, sparse_base
 from peft import PeftModel
-from test_movement import sparse_base
 
 from peft_prune.tuners.distributed import refuse_sharded, unsplit
 from peft_prune.tuners.layer import pruning_layers

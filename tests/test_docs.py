@@ -3,13 +3,11 @@
 What the text loads from the Hub lies in that folder under the same name: a tiny random BERT, and a few sentences.
 """
 
-import json
 import re
 from pathlib import Path
 
 import pytest
-from conftest import make_bert, make_masked_lm
-from test_verbalizer import tokenizer
+from helpers.data import hub
 
 import peft_prune
 from peft_prune import report
@@ -20,22 +18,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 PLAIN = ("README.md", "reference.md", "support.md", "peft_matrix.md", "examples.md")
 WITHOUT_CODE = [ROOT / "docs" / name for name in PLAIN]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def hub(folder: Path) -> None:
-    """What `from_pretrained` and `load_dataset` find instead of the Hub."""
-    model = folder / "google-bert" / "bert-base-uncased"
-    make_masked_lm().save_pretrained(model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
-    tokenizer().save_pretrained(model)
-    teacher = folder / "textattack" / "bert-base-uncased-SST-2"
-    make_bert().save_pretrained(teacher)
-    data = folder / "stanfordnlp" / "sst2"
-    data.mkdir(parents=True)
-    rows = [{"sentence": "it was good", "label": 1}, {"sentence": "it was bad", "label": 0}] * 16
-    for split in ("train", "validation"):
-        (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
 @pytest.mark.slow

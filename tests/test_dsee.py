@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import inputs, make
-from conftest import make_bert, make_gpt2, make_llama, snapshot
+from helpers.architectures import inputs, logits, make
+from helpers.callbacks import Record
+from helpers.data import arguments, data
+from helpers.methods import SMALL
+from helpers.models import make_bert, make_gpt2, make_llama, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_shrink import logits
-from test_training import Record, arguments, data
 from transformers import DebertaConfig, DebertaModel
 
 from peft_prune import (
@@ -29,9 +30,6 @@ from peft_prune import (
 )
 from peft_prune.structure.sites import HEADS, find_sites
 from peft_prune.tuners.layer import pruning_layers
-
-
-SMALL = {"r": 3, "lora_alpha": 6.0, "num_sparse": 7}
 
 
 def dsee(base, **fields):

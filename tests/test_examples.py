@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_bert, make_llama
-from test_docs import hub
-from test_verbalizer import tokenizer
+from helpers.data import hub, tokenizer
+from helpers.models import make_bert, make_llama
 from transformers import BertForQuestionAnswering
 
 

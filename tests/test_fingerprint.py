@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2
+from helpers.methods import final_adapter, prune
+from helpers.models import logits, make_bert, make_gpt2
 from peft import PeftConfig, PeftModel
-from test_layer import prune
-from test_save_load import final_adapter
 
 from peft_prune import MaskFormatError, finalize
 from peft_prune.masks.fingerprint import agrees, fingerprint

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from architectures import inputs, make
-from conftest import make_bert, make_gpt2, make_llama
+from helpers.architectures import inputs, logits, make
+from helpers.methods import train
+from helpers.models import make_bert, make_gpt2, make_llama
 from peft import PeftModel, get_peft_model
-from test_movement import train
-from test_shrink import logits
 
 from peft_prune import MovementPruningConfig, SMPConfig, finalize, model_size, update_schedule
 from peft_prune.masks.granularity import BlockGranularity, NMGranularity, parse_granularity, pool, spread

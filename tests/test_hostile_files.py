@@ -7,11 +7,11 @@ import tracemalloc
 
 import pytest
 import torch
-from conftest import logits, make_bert
+from helpers.methods import final_adapter
+from helpers.models import logits, make_bert
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_save_load import final_adapter
 
 from peft_prune import MaskFormatError, MovementPruningConfig, finalize, update_schedule
 from peft_prune.report.adapter_file import read_adapter

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, Hub, running_hub
+from helpers.hub_server import TOKEN, Hub, running_hub
 
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ import os
 
 import huggingface_hub.constants
 import torch
-from conftest import logits, make_bert
+from helpers.models import logits, make_bert
 
 os.environ["HF_HUB_OFFLINE"] = "0"
 batch = {"input_ids": torch.arange(36).reshape(4, 9)}
@@ -26,11 +26,11 @@ out = {"dense": logits(make_bert(), batch)}
 """
 
 PUSH = """
-from architectures import make
+from helpers.architectures import make
 from peft_prune import finalize, save_compact, shrink
-from test_layer import prune
-from test_save_load import final_adapter
-from test_shrink import zero_some
+from helpers.methods import prune
+from helpers.methods import final_adapter
+from helpers.architectures import zero_some
 from transformers import AutoModelForSequenceClassification
 
 first = final_adapter("first", at=0.5)

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_masked_lm
+from helpers.models import logits, make_bert, make_masked_lm
 from peft import get_peft_model
 
 from peft_prune import MovementPruningConfig, SMPConfig, finalize, update_schedule

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_llama, snapshot
+from helpers.methods import prune, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_llama, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,22 +16,6 @@ from peft_prune import SMPConfig, finalize, update_schedule
 from peft_prune.tuners.layer import pruning_layers
 from peft_prune.tuners.linear import PrunedLinear, PrunedLinearConv1D
 from peft_prune.tuners.schedule import sparsity
-
-
-def randomize_scores(model, seed=0, name="default"):
-    generator = torch.Generator().manual_seed(seed)
-    for layer in pruning_layers(model, name):
-        with torch.no_grad():
-            layer.scores[name].copy_(torch.randn(layer.shape, generator=generator))
-
-
-def prune(base, at=0.7, **fields):
-    """A model with random scores at its final sparsity."""
-    fields = {"sparsity": at} | fields
-    model = get_peft_model(base, SMPConfig(**fields))
-    randomize_scores(model)
-    update_schedule(model, 10, 10)
-    return model
 
 
 @pytest.mark.parametrize("conv1d", [False, True])

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, make_bert
+from helpers.methods import prune, randomize_scores
+from helpers.models import logits, make_bert
 from peft import get_peft_model
-from test_layer import prune, randomize_scores
 from torch import nn
 
 from peft_prune import MovementPruningConfig, SMPConfig, cache_masked_weights, update_schedule

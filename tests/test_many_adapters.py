@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_llama
+from helpers.methods import final_adapter, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_llama
 from peft import PeftModel, get_peft_model
-from test_layer import randomize_scores
-from test_save_load import final_adapter
 
 from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, update_schedule
 from peft_prune.tuners.layer import pruning_layers

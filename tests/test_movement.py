@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, make_bert, make_gpt2, snapshot
+from helpers.callbacks import Record
+from helpers.data import arguments, data
+from helpers.methods import train
+from helpers.models import logits, make_bert, make_gpt2, snapshot, sparse_base
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_training import Record, arguments, data
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -185,20 +187,6 @@ def test_magnitude_follows_the_weights_as_they_are_trained():
             layer.update["default"].add_(torch.randn(24, 32))
 
 
-def train(model, steps=6, lr=1e-2):
-    model.train()
-    optimizer = create_pruning_optimizer(model, lr=lr)
-    update_schedule(model, 0, steps)
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        ids = torch.randint(3, 120, (8, 9), generator=generator)
-        model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        update_schedule(model, step + 1, steps)
-    return model.eval()
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_base_stays_and_merging_is_bit_exact(variant, batch):
     base = make_bert()
@@ -341,16 +329,6 @@ def test_two_adapters_on_one_base(batch):
         logits(model, batch)
     with pytest.raises(ValueError, match="weights of its own, which cannot be combined"):
         model.base_model.add_weighted_adapter(["default", "other"])
-
-
-def sparse_base(share=0.7):
-    base = make_bert()
-    generator = torch.Generator().manual_seed(2)
-    for block in base.bert.encoder.layer:
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.data[torch.rand(module.weight.shape, generator=generator) < share] = 0
-    return base
 
 
 def test_a_dense_base_has_no_zeros_to_keep():

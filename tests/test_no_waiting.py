@@ -5,22 +5,21 @@ import math
 
 import pytest
 import torch
-from conftest import make_bert
+from helpers.masks import brute_force
+from helpers.models import make_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from test_selection import brute_force
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_prune import MovementPruningConfig, SMPConfig, create_pruning_optimizer, finalize, update_schedule
-from peft_prune.masks import selection
+from peft_prune.masks import device, selection
 from peft_prune.masks.granularity import spread
 from peft_prune.masks.radix import radix_topk
 from peft_prune.masks.selection import compile_selection, tie_order, topk_mask
 from peft_prune.tuners.layer import pruning_layers
 
 
-MODULES = ("masks.bits", "masks.selection", "tuners.schedule", "tuners.state")
 # what has no output before the host knows a number of the device
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")
 
@@ -38,8 +37,7 @@ class NothingWaits(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
-    for module in MODULES:
-        monkeypatch.setattr(f"peft_prune.{module}.on_cpu", lambda tensor: False)
+    monkeypatch.setattr(device, "HOST", "none that there is")
 
 
 @settings(max_examples=200, deadline=None)
@@ -61,7 +59,7 @@ def test_the_same_mask_on_real_shapes(as_on_an_accelerator, monkeypatch, dtype):
         for k in (0, 1, 58_982, 768 * 768 - 1, 768 * 768):
             found = topk_mask(scores, torch.tensor(k))
             with monkeypatch.context() as patch:
-                patch.setattr(selection, "on_cpu", lambda tensor: True)
+                patch.setattr(device, "HOST", "cpu")
                 assert torch.equal(found, topk_mask(scores, k))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_bert
+from helpers.models import make_bert
 from peft import PeftModel
 
 from peft_prune.tuners.layer import pruning_layers

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, inputs, make
-from conftest import make_bert, make_gpt2, make_llama, snapshot
+from helpers.architectures import ARCHITECTURES, batches, inputs, logits, make
+from helpers.models import make_bert, make_gpt2, make_llama, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
-from test_shrink import logits
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
 
@@ -19,10 +18,6 @@ from peft_prune.structure.activations import TokenReservoir, collect_inputs
 from peft_prune.structure.clustering import column_similarity, head_similarity
 from peft_prune.structure.sites import HEADS, find_sites
 from peft_prune.tuners.layer import pruning_layers
-
-
-def batches(name="bert", count=4):
-    return [inputs(name, batch=4, tokens=8 + i) for i in range(count)]
 
 
 def pruned(name="bert", **fields):

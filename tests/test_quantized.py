@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import logits, make_llama
-from methods import TRAINED, advance, config, effective
+from helpers.methods import TRAINED, advance, config, effective
+from helpers.models import logits, make_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, make_bert, make_gpt2, make_llama
+from helpers.data import arguments, data
+from helpers.methods import prune
+from helpers.models import BERT_TARGET_WEIGHTS, make_bert, make_gpt2, make_llama
 from peft import get_peft_model
 from rich.console import Console
-from test_layer import prune
-from test_training import arguments, data
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 

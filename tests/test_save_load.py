@@ -5,22 +5,16 @@ import os
 
 import pytest
 import torch
-from conftest import BERT_TARGET_WEIGHTS, OLD_PEFT, logits, make_bert, make_gpt2, make_masked_lm, snapshot
+from helpers.damage import DAMAGE
+from helpers.methods import final_adapter, prune, randomize_scores
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, make_masked_lm, snapshot
+from helpers.versions import OLD_PEFT
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
-from test_layer import prune, randomize_scores
+from safetensors.torch import load_file
 
 from peft_prune import MaskFormatError, MovementPruningConfig, SMPConfig, finalize, update_schedule
 from peft_prune.tuners.layer import pruning_layers
-
-
-def final_adapter(folder, at=0.5, make=make_bert, **fields):
-    """Save a final adapter of a random mask, and return the masked model."""
-    model = prune(make(), at, **fields)
-    finalize(model)
-    model.save_pretrained(folder)
-    return model
 
 
 def test_final_adapter_is_one_bit_a_weight(tmp_path, batch):
@@ -105,74 +99,6 @@ def test_loaded_final_adapter_is_saved_again_alike(tmp_path):
     PeftModel.from_pretrained(make_bert(), tmp_path / "one").save_pretrained(tmp_path / "two")
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-def damage_truncate(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def damage_tensors(change):
-    def damage(folder):
-        path = folder / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors, sorted(tensors))
-        save_file(tensors, path)
-
-    return damage
-
-
-def swap(tensors, keys):
-    queries = [key for key in keys if "query" in key]
-    tensors[queries[0]], tensors[queries[1]] = tensors[queries[1]], tensors[queries[0]]
-
-
-def flip(tensors, keys):
-    tensors[keys[0]][0] ^= 1
-
-
-def shorten(tensors, keys):
-    tensors[keys[0]] = tensors[keys[0]][:-1].clone()
-
-
-def remove(tensors, keys):
-    del tensors[keys[0]]
-
-
-def cast(tensors, keys):
-    tensors[keys[0]] = tensors[keys[0]].float()
-
-
-def other_file(folder):
-    final_adapter(folder / "other", at=0.3)
-    os.replace(folder / "other" / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-
-
-def other_config(folder):
-    final_adapter(folder / "other", at=0.3)
-    os.replace(folder / "other" / "adapter_config.json", folder / "adapter_config.json")
-
-
-def scores_for_masks(folder):
-    prune(make_bert()).save_pretrained(folder / "other")
-    os.replace(folder / "other" / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-
-
-DAMAGE = {
-    "truncated": (damage_truncate, Exception, "(?i)header|incomplete|deserializ"),
-    "two tensors swapped": (damage_tensors(swap), MaskFormatError, "query.*does not match its record"),
-    "one bit flipped": (damage_tensors(flip), MaskFormatError, "does not match its record"),
-    "one byte short": (damage_tensors(shorten), MaskFormatError, "should be .* bytes"),
-    "one tensor missing": (damage_tensors(remove), MaskFormatError, "holds no mask for"),
-    "wrong dtype": (damage_tensors(cast), MaskFormatError, "float32"),
-    "another adapter's file": (other_file, MaskFormatError, "not the one that belongs|another adapter"),
-    "another adapter's config": (
-        other_config,
-        MaskFormatError,
-        "is not the one that belongs|belongs to another adapter",
-    ),
-    "scores instead of masks": (scores_for_masks, MaskFormatError, "holds no mask for"),
-}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

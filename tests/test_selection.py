@@ -2,21 +2,13 @@
 
 import pytest
 import torch
+from helpers.masks import brute_force
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prune.masks.granularity import NMGranularity, parse_granularity
 from peft_prune.masks.selection import n_m_mask, topk_mask
 from peft_prune.masks.warm_start import LastThreshold
-
-
-def brute_force(scores, k):
-    """Sort all (score, scrambled position) pairs in plain Python."""
-    flat = scores.reshape(-1).tolist()
-    ranked = sorted(range(len(flat)), key=lambda i: (-flat[i], (i * 2654435761) % 2**32))
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[ranked[:k]] = True
-    return mask.view(scores.shape)
 
 
 @settings(max_examples=150, deadline=None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import logits, make_bert
+from helpers.models import logits, make_bert
 from peft import PeftModel, get_peft_model
 
 from peft_prune import MovementPruningConfig, PPruningConfig, SMPConfig, calibrate, finalize, update_schedule

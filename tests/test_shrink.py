@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, GENERATE, inputs, make, zero_units
-from conftest import make_bert, make_gpt2
+from helpers.architectures import ARCHITECTURES, GENERATE, inputs, logits, make, zero_some, zero_units
+from helpers.models import make_bert, make_gpt2
 from peft import get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,24 +26,6 @@ CASES = [
     for attention in ("eager", "sdpa")
     if attention == "eager" or name not in ("mpnet", "deberta-v2", "deberta-v3")
 ]
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
-
-
-def zero_some(model, seed=0):
-    """Remove 40 % of the units, all heads of one layer and all neurons of another; say how many are left."""
-    generator = torch.Generator().manual_seed(seed)
-    left = {"heads": 0, "neurons": 0}
-    for i, site in enumerate(find_sites(model)):
-        gone = torch.rand(site.units, generator=generator) < 0.4
-        if i in (2, 3):  # heads and neurons of the second block
-            gone[:] = True
-        zero_units(model, site, gone)
-        left[site.kind] += max(1, int((~gone).sum()))  # of a layer that loses all, one stays
-    return left
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

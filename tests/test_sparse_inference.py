@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_bert, make_gpt2, make_llama
+from helpers.models import make_bert, make_gpt2, make_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import logits, make_bert, make_gpt2, make_llama, needs_adapters_of_transformers
-from methods import METHODS, TRAINED, adapter, advance, config
+from helpers.methods import METHODS, TRAINED, adapter, advance, config
+from helpers.models import logits, make_bert, make_gpt2, make_llama
+from helpers.versions import needs_adapters_of_transformers
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,

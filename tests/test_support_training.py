@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import logits, make_bert
-from methods import TRAINED, adapter, config
+from helpers.data import arguments, data
+from helpers.methods import TRAINED, adapter, config
+from helpers.models import logits, make_bert
 from peft import PeftModel, get_peft_model
-from test_training import arguments, data
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_prune import PruningCallback, PruningTrainer

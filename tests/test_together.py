@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2
+from helpers.models import logits, make_bert, make_gpt2
 from peft import PeftConfig, get_peft_model
 
 from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, prune_once, update_schedule

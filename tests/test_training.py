@@ -4,12 +4,14 @@ import warnings
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_gpt2, needs_adapters_of_transformers, snapshot
-from datasets import Dataset
+from helpers.callbacks import Gradients, Record
+from helpers.data import arguments, data
+from helpers.methods import prune, randomize_scores, smp_bert
+from helpers.models import logits, make_bert, make_gpt2, snapshot
+from helpers.versions import needs_adapters_of_transformers
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from test_layer import prune, randomize_scores
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 from peft_prune import (
     DSEEConfig,
@@ -23,46 +25,6 @@ from peft_prune import (
 )
 from peft_prune.tuners.layer import pruning_layers
 from peft_prune.tuners.schedule import sparsity
-
-
-def data(n=64, seed=0, length=8):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 90, (n, length), generator=generator)
-    labels = (ids[:, 1] > 45).long()
-    return Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist(), "labels": labels.tolist()}
-    )
-
-
-def arguments(folder, **changes):
-    settings = {
-        "max_steps": 10,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
-    return TrainingArguments(output_dir=str(folder), **settings | changes)
-
-
-def smp_bert(**fields):
-    return get_peft_model(make_bert(), SMPConfig(**{"task_type": "SEQ_CLS", "sparsity": 0.9} | fields))
-
-
-class Record(TrainerCallback):
-    """Masks and step after each step; added last, so it sees what the next forward will use."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        masks = {m.module_name: m.get_mask("default").clone() for m in pruning_layers(model)}
-        self.steps.append((state.global_step, masks))
 
 
 @pytest.mark.parametrize("allocation", ["local", "score", "global"])
@@ -189,14 +151,6 @@ def test_trainer_gives_the_same_masks_with_accumulation(tmp_path, trainer_cls):
         trainer_cls(model=model, args=args, train_dataset=data(32), callbacks=[PruningCallback()]).train()
         masks.append(torch.cat([m.get_mask("default").reshape(-1) for m in pruning_layers(model)]))
     assert (masks[0] == masks[1]).float().mean() > 0.99
-
-
-class Gradients(TrainerCallback):
-    """What the optimizer is given at the second step, when the penalty is on."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 1:
-            self.seen = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("distilled", [False, True])

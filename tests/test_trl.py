@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_llama
 from datasets import Dataset
-from methods import TRAINED, config
+from helpers.data import tokenizer
+from helpers.methods import TRAINED, config
+from helpers.models import make_llama
 from peft import PeftModel
-from test_verbalizer import tokenizer
 
 from peft_prune import PruningCallback
 

@@ -5,32 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_bert, make_masked_lm, snapshot
 from datasets import Dataset
+from helpers.data import tokenizer
+from helpers.models import make_bert, make_masked_lm, snapshot
+from helpers.verbalizer import IDS, MASK, POSITIONS, verbalizer
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from peft_prune import PruningTrainer, SMPConfig, make_verbalizer
 from peft_prune.tuners.layer import pruning_layers
-
-
-MASK = 4
-IDS = torch.tensor([[1, 7, 8, MASK, 9], [1, MASK, 6, 5, MASK], [1, 5, 6, 7, 8]])
-POSITIONS = [3, 1, 0]  # the first [MASK], and the first token where there is none
-
-
-def tokenizer():
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "it", "was", "film", "good", "bad", "terrible", "great"]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]", pad_token="[PAD]", cls_token="[CLS]"
-    )
-
-
-def verbalizer(**kwargs):
-    return make_verbalizer(tokenizer(), {0: "terrible", 1: "great"}, **kwargs)
 
 
 def make_roberta():
@@ -142,7 +125,7 @@ def test_trains_with_trainer_and_loads_from_the_config(tmp_path):
     before = snapshot(base)
     config = SMPConfig(sparsity=0.3, verbalizer=verbalizer(), penalty=0, score_init="magnitude")
     model = get_peft_model(base, config)
-    from test_training import arguments
+    from helpers.data import arguments
 
     args = arguments(tmp_path / "run", max_steps=150, per_device_train_batch_size=32)
     trainer = PruningTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 
+HOST = "cpu"  # the type of device whose numbers are there at once
+
+
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Whether a tensor's numbers can be read at once. Elsewhere, code has to do without reading any."""
-    return tensor.device.type == "cpu"
+    return tensor.device.type == HOST

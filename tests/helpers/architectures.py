@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers as hf
 
-from peft_prune.structure.sites import linear_matrix
+from peft_prune.structure.sites import find_sites, linear_matrix
 
 
 _SIZES = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48}
@@ -106,3 +106,25 @@ def zero_units(model, site, units):
     """Set the columns of some heads or neurons to zero, which removes them from what the model computes."""
     with torch.no_grad():
         linear_matrix(model.get_submodule(site.output))[:, site.columns[units].flatten()] = 0
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def zero_some(model, seed=0):
+    """Remove 40 % of the units, all heads of one layer and all neurons of another; say how many are left."""
+    generator = torch.Generator().manual_seed(seed)
+    left = {"heads": 0, "neurons": 0}
+    for i, site in enumerate(find_sites(model)):
+        gone = torch.rand(site.units, generator=generator) < 0.4
+        if i in (2, 3):  # heads and neurons of the second block
+            gone[:] = True
+        zero_units(model, site, gone)
+        left[site.kind] += max(1, int((~gone).sum()))  # of a layer that loses all, one stays
+    return left
+
+
+def batches(name="bert", count=4):
+    return [inputs(name, batch=4, tokens=8 + i) for i in range(count)]

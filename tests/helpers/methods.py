@@ -3,12 +3,14 @@
 import torch
 from peft import get_peft_model
 
+from helpers.models import make_bert
 from peft_prune import (
     DSEEConfig,
     MovementPruningConfig,
     PPruningConfig,
     SMPConfig,
     calibrate,
+    create_pruning_optimizer,
     finalize,
     update_schedule,
 )
@@ -59,3 +61,48 @@ def adapter(base, method, final=True, **fields):
 def effective(layer, name="default"):
     """The weight that an adapter makes, as (out, in), from what the layer holds."""
     return layer.adapted(name, layer.matrix).detach()
+
+
+def randomize_scores(model, seed=0, name="default"):
+    generator = torch.Generator().manual_seed(seed)
+    for layer in pruning_layers(model, name):
+        with torch.no_grad():
+            layer.scores[name].copy_(torch.randn(layer.shape, generator=generator))
+
+
+def prune(base, at=0.7, **fields):
+    """A model with random scores at its final sparsity."""
+    fields = {"sparsity": at} | fields
+    model = get_peft_model(base, SMPConfig(**fields))
+    randomize_scores(model)
+    update_schedule(model, 10, 10)
+    return model
+
+
+def final_adapter(folder, at=0.5, make=make_bert, **fields):
+    """Save a final adapter of a random mask, and return the masked model."""
+    model = prune(make(), at, **fields)
+    finalize(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def smp_bert(**fields):
+    return get_peft_model(make_bert(), SMPConfig(**{"task_type": "SEQ_CLS", "sparsity": 0.9} | fields))
+
+
+def train(model, steps=6, lr=1e-2):
+    model.train()
+    optimizer = create_pruning_optimizer(model, lr=lr)
+    update_schedule(model, 0, steps)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(3, 120, (8, 9), generator=generator)
+        model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_schedule(model, step + 1, steps)
+    return model.eval()
+
+
+SMALL = {"r": 3, "lora_alpha": 6.0, "num_sparse": 7}

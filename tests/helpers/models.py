@@ -1,0 +1,84 @@
+"""Tiny random models of real architectures, and what is looked at in them; no network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+
+BERT = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+# query, key, value, attention output, and the two of the feed-forward, in two layers
+BERT_TARGET_WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 48)
+
+
+def make_bert(num_labels=2, seed=0, **changes):
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(BertConfig(**BERT | changes, num_labels=num_labels)).eval()
+
+
+def make_masked_lm(seed=0):
+    torch.manual_seed(seed)
+    # wide enough for a mask alone to change what the model says
+    return BertForMaskedLM(BertConfig(**BERT, initializer_range=0.3)).eval()
+
+
+def make_gpt2(seed=0):
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=90, n_positions=32, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def make_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        **changes,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def snapshot(module):
+    """Copies of all parameters and buffers."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def logits(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"]).logits
+
+
+def sparse_base(share=0.7):
+    base = make_bert()
+    generator = torch.Generator().manual_seed(2)
+    for block in base.bert.encoder.layer:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data[torch.rand(module.weight.shape, generator=generator) < share] = 0
+    return base
