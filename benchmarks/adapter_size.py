@@ -27,9 +27,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
 from peft_prune import SMPConfig, finalize, update_schedule
-from peft_prune.masks.codec import decode_mask, encode_mask, pack_mask
+from peft_prune.layers.layer import pruning_layers
 from peft_prune.report.adapter_file import binary_entropy, read_adapter
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.storage.codec import decode_mask, encode_mask, pack_mask
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "adapter_size.json"

@@ -22,7 +22,7 @@ import torch
 from offline_data import minilm_path
 from transformers import AutoModel
 
-from peft_prune.masks.decomposition import decompose
+from peft_prune.updates.decomposition import decompose
 
 
 RANK, PLACES = 16, 64

@@ -43,7 +43,7 @@ from peft_prune import (
     save_compact,
     update_schedule,
 )
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 # errors that say what is wrong; MaskFormatError and JSON's are ValueErrors, the safetensors library has a type of its

@@ -38,8 +38,8 @@ from transformers import AutoTokenizer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_prune import MovementPruningConfig, PruningCallback, SMPConfig, finalize
-from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.schedule import sparsity
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.stages.schedule import sparsity
 
 
 RESULTS = Path(__file__).resolve().parent / "results" / "methods_accuracy.jsonl"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from . import __version__
-from .masks.codec import MaskFormatError
 from .names import one_line
+from .storage.codec import MaskFormatError
 
 
 _EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
@@ -99,7 +99,7 @@ def _inspect(args: argparse.Namespace) -> Answer:
         "method": str(config.peft_type.value),  # type: ignore[union-attr]
         "base_model": config.base_model_name_or_path,
         "granularity": config.granularity,
-        "allocation": config.allocation,
+        "allocation": getattr(config, "allocation", None),
         "sparsity": 1 - kinds[-1]["density"],  # type: ignore[operator]
         "mask_bytes": adapter.mask_bytes,
         "entropy_bytes": round(adapter.entropy_bytes),
@@ -116,7 +116,7 @@ def _inspect(args: argparse.Namespace) -> Answer:
             print(f"{key:14} {one_line(answer[key])}")
         print(f"masks          {size_of_masks(adapter)}")
         if adapter.value_bytes:
-            print(f"kept values    {adapter.value_bytes:,} bytes, {config.value_dtype}")
+            print(f"kept values    {adapter.value_bytes:,} bytes, {getattr(config, 'value_dtype', '')}")
         print(f"other modules  {adapter.other_bytes:,} bytes")
 
     return answer, show

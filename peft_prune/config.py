@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
@@ -10,22 +11,19 @@ from typing import Any, ClassVar, Optional, Union
 from peft import PeftConfig
 
 from .config_checks import (
-    check_allocation,
+    check_flag,
     check_names,
     check_number,
-    check_schedule,
-    check_sparsity_pattern,
     check_stored_form,
     check_targets,
-    check_training,
     check_verbalizer,
     plain,
 )
 from .config_record import check_config, checksums_for
-from .masks.codec import VERSION
-from .masks.granularity import NMGranularity, parse_granularity
-from .masks.schedule import Schedule
 from .model_card import add_loading_instructions
+from .recipe import Recipe
+from .selection.granularity import NMGranularity, parse_granularity
+from .storage.codec import VERSION
 
 
 DEFAULT_SPARSITY = 0.5
@@ -38,7 +36,7 @@ class _Derived(float):
 @dataclass
 class PruningConfig(PeftConfig):
     """
-    What every pruning method is told: where to prune, how much, at which granularity, along which schedule.
+    What every pruning method is told: where to prune, and how much. It also records the result.
 
     Args:
         sparsity (`float`, *optional*):
@@ -59,42 +57,6 @@ class PruningConfig(PeftConfig):
             parameters stay dense.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained in full and saved beside the masks, for instance the classifier.
-        sparsity_pattern (`dict[str, float]`, *optional*):
-            Sparsity of single modules, by name or regular expression, as LoRA's `rank_pattern`. These modules take no
-            part in `allocation`.
-        allocation (`str`):
-            How the density is shared out among the matrices: `"local"` (each has the same), `"score"` (matrices of the
-            same kind share theirs by mean score) or `"global"` (one threshold for all scores).
-        allocation_temperature (`float`, *optional*):
-            For `allocation="score"`: scores are divided by it first. By default 1, and 3 for a density of 0.5 or more.
-        granularity (`str`):
-            What is kept or removed as one: `"weight"`; an n:m pattern such as `"2:4"`, two of every four weights along
-            the input; a block such as `"32x32"` (out × in); `"row"` or `"column"`, an output or an input of a matrix;
-            or `"head"`, the rows or columns of an attention head.
-        initial_sparsity (`float`):
-            Sparsity at the beginning of training.
-        sparsity_schedule (`str`):
-            `"cubic"`, `"linear"` or `"constant"`: how sparsity goes from `initial_sparsity` to `sparsity`.
-        schedule_start (`float`):
-            Share of training, in [0, 1), at which sparsity begins to grow.
-        schedule_end (`float`):
-            Share of training, in (0, 1], at which it has reached `sparsity`. It stays there.
-        total_steps (`int`, *optional*):
-            Number of optimizer steps of the training. `PruningCallback` fills it in.
-        penalty (`float`):
-            Final weight λ of the penalty on the scores, `λ · mean(sigmoid(S))`. 0 turns it off.
-        penalty_schedule (`str`):
-            `"cubic"`, `"linear"` or `"constant"`: how λ rises over the whole of training.
-        score_init (`str`):
-            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number.
-        score_lr (`float`):
-            Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores unless told otherwise.
-        score_rank (`int`):
-            Rank of the scores of methods that offer `score="low_rank"`. The default trains as many numbers as a LoRA of
-            rank 8 does.
-        mask_interval (`int`):
-            Number of optimizer steps after which sparsity and masks are recomputed. Checkpoints hold the mask in force,
-            so a training that is resumed goes on with exactly that mask.
         init_weights (`bool`):
             If `False`, scores are random and pruning is at its final sparsity from the start. For tests.
         verbalizer (`dict`, *optional*):
@@ -119,27 +81,11 @@ class PruningConfig(PeftConfig):
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
     """
 
-    # whether the adapter is trained at all, and what to tell who uses one before it has masks
-    trains: ClassVar[bool] = True
-    without_mask: ClassVar[str] = ""
-    # of what is trained: an update of the weights beside the scores; gates instead of a mask; the penalty's offset
-    updates_weights: ClassVar[bool] = False
-    stores_values: ClassVar[bool] = False
-    gated: ClassVar[bool] = False
-    penalty_offset: ClassVar[float] = 0.0
-    finds_sparsity: ClassVar[bool] = False  # whether it comes out of training, instead of being given
-    # at least this share of each matrix stays when scores are compared with a threshold
-    min_density: ClassVar[float] = 0.0
-    value_dtype: ClassVar[str] = "float32"
-    # where scores come from: "low_rank" if they are held as factors
-    score: ClassVar[Optional[str]] = "movement"
-    # sparsity of a training checkpoint, for its README.md: known once a model has been saved, and no part of the file
-    sparsity_when_saved: ClassVar[Optional[float]] = None
-    # whether it is a failure if next to nothing is removed
-    expects_removal: ClassVar[bool] = True
-    from_existing_zeros: ClassVar[bool] = False
     # records of what the tuner handed out last, until the config is saved; empty if out of reach
     tensors_when_saved: ClassVar[Optional[dict[str, Any]]] = None
+    # sparsity of a training checkpoint, for its README.md: known once a model has been saved, and no part of the file
+    sparsity_when_saved: ClassVar[Optional[float]] = None
+    granularity = "weight"
 
     sparsity: Optional[float] = field(default=None, metadata={"help": "Share of weights removed, in [0, 1)."})
     density: InitVar[Optional[float]] = None
@@ -159,29 +105,6 @@ class PruningConfig(PeftConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Modules trained in full and saved beside the masks, such as the classifier."}
     )
-    sparsity_pattern: Optional[dict[str, float]] = field(
-        default_factory=dict, metadata={"help": "Sparsity of single modules, by name or regular expression."}
-    )
-    allocation: str = field(default="local", metadata={"help": "'local', 'score' or 'global'."})
-    allocation_temperature: Optional[float] = field(
-        default=None, metadata={"help": "Temperature of allocation='score'; 1, or 3 from density 0.5 on."}
-    )
-    granularity: str = field(
-        default="weight", metadata={"help": "'weight', '2:4', '32x32', 'row', 'column' or 'head'."}
-    )
-    initial_sparsity: float = field(default=0.0, metadata={"help": "Sparsity at the beginning of training."})
-    sparsity_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
-    schedule_start: float = field(default=0.0, metadata={"help": "Share of training at which sparsity begins to grow."})
-    schedule_end: float = field(default=0.6, metadata={"help": "Share of training at which sparsity is final."})
-    total_steps: Optional[int] = field(default=None, metadata={"help": "Optimizer steps of the training."})
-    penalty: float = field(default=0.0, metadata={"help": "Final weight of the penalty on the scores."})
-    penalty_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
-    score_init: Union[str, float] = field(
-        default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', or a number."}
-    )
-    score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
-    score_rank: int = field(default=7, metadata={"help": "Rank of the scores with score='low_rank'."})
-    mask_interval: int = field(default=1, metadata={"help": "Optimizer steps after which masks are recomputed."})
     init_weights: bool = field(default=True, metadata={"help": "False: random scores at final sparsity, for tests."})
     verbalizer: Optional[dict[str, Any]] = field(
         default=None, metadata={"help": "Label words over a frozen masked-LM head, from make_verbalizer."}
@@ -204,9 +127,7 @@ class PruningConfig(PeftConfig):
         check_names(self)
         check_targets(self)
         self._resolve_sparsity(density)
-        check_allocation(self)
-        check_schedule(self)
-        check_training(self)
+        check_flag("init_weights", self.init_weights)
         check_stored_form(self)
         check_verbalizer(self.verbalizer)
         check_config(self)
@@ -250,7 +171,6 @@ class PruningConfig(PeftConfig):
             self.sparsity = DEFAULT_SPARSITY
         fix = "It is the share of weights removed, e.g. sparsity=0.9."
         check_number("sparsity", self.sparsity, 0.0, 1.0, fix, open_high=True)
-        check_sparsity_pattern(self.sparsity_pattern, fix)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and let the README.md that PEFT put there say how to load the adapter."""
@@ -263,44 +183,39 @@ class PruningConfig(PeftConfig):
         # an adapter that is not called "default" is saved below the folder that holds the README.md
         add_loading_instructions(folder if (folder / "README.md").exists() else folder.parent, self)
 
-    def sparsity_schedule_for(self, target: float) -> Schedule:
-        """Schedule of the sparsity of a module whose final sparsity is `target`."""
-        initial = min(self.initial_sparsity, target)
-        return Schedule(initial, target, self.schedule_start, self.schedule_end, self.sparsity_schedule)
+    def recipe(self) -> Recipe:
+        """What the method is: importance × rule × update × moment. Each method's config says its own."""
+        raise NotImplementedError(f"{type(self).__name__} has no recipe.")
 
-    def final_step(self, total_steps: int) -> int:
-        """Optimizer step from which on the sparsity is the final one; masks are made anew at some steps only."""
-        end = self.schedule_start if self.sparsity_schedule == "constant" else self.schedule_end
-        step = math.ceil(end * total_steps)
-        step -= (step - 1) / total_steps >= end  # as the schedule counts, which divides
-        return min(total_steps, math.ceil(step / self.mask_interval) * self.mask_interval)
 
-    def score_threshold_at(self, step: int, total_steps: int) -> Optional[float]:
-        """Score above which weights are kept, `None` if a share of them is kept instead."""
-        return None
+def reads_old_files(*names: str) -> Callable[[type], type]:
+    """Have a config class ignore fields that its files held in earlier versions, and that nothing read.
 
-    @property
-    def structured(self) -> bool:
-        """Whether whole heads or neurons may go, so that merging makes the model smaller."""
-        return self.granularity in ("head", "column", "row")
+    Args:
+        names (`str`): the fields. Given by hand, and not from a file, they are a `TypeError` as for any dataclass.
+    """
 
-    @property
-    def learns_scores(self) -> bool:
-        """Whether scores are trained."""
-        return self.trains
+    def wrap(cls: type) -> type:
+        original = cls.__init__  # type: ignore[misc]
 
-    @property
-    def needs_weights(self) -> bool:
-        """Whether masks follow from the base weights, and not from scores alone."""
-        return self.from_existing_zeros or not self.learns_scores or self.score == "low_rank"
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if "peft_type" in kwargs and "mask_format" in kwargs:  # as a file has them
+                kwargs = {name: value for name, value in kwargs.items() if name not in names}
+            original(self, *args, **kwargs)
 
-    @property
-    def temperature(self) -> float:
-        """Temperature of `allocation="score"` in force (SMP, section 4.1: 1, and 3 or 4 from a density of 0.5 on)."""
-        if self.allocation_temperature is not None:
-            return self.allocation_temperature
-        return 3.0 if self.sparsity is not None and self.sparsity <= 0.5 else 1.0
+        cls.__init__ = init  # type: ignore[misc]
+        return cls
 
+    return wrap
+
+
+# what every config had before each held only what its method uses
+FIELDS_OF_ALL = (
+    "allocation", "allocation_temperature", "granularity", "initial_sparsity", "mask_interval", "penalty",
+    "penalty_schedule", "schedule_end", "schedule_start", "score_init", "score_lr", "score_rank", "sparsity_pattern",
+    "sparsity_schedule", "total_steps",
+)  # fmt: skip
 
 # `density` is only another way to give the sparsity; reading it back derives it, so that the two cannot disagree.
 setattr(PruningConfig, "density", property(lambda self: _Derived(1.0 - self.sparsity)))  # noqa: B010

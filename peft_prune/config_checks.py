@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .masks.allocation import ALLOCATIONS
-from .masks.codec import READABLE, is_mask_info
-from .masks.importance import SCORE_INITS
-from .masks.schedule import CURVES
+from .importance.start import SCORE_INITS
+from .selection.allocation import ALLOCATIONS
+from .selection.curve import CURVES
+from .storage.codec import READABLE, is_mask_info
 
 
 def plain(value: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,8 +13,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .masks.checksums import check_no_nan, check_tensor, describe_tensor, is_tensor_record
-from .masks.codec import MaskFormatError
+from .storage.checksums import check_no_nan, check_tensor, describe_tensor, is_tensor_record
+from .storage.codec import MaskFormatError
 
 
 PREFIX = "base_model.model."  # PEFT writes keys with it, Transformers adds it
@@ -35,25 +35,31 @@ class Verified(dict):
     """Checksums whose config has been compared with them; it may be changed in Python from here on."""
 
 
-def config_crc32(config: Any, tensors: Mapping[str, Any]) -> str:
-    """CRC-32 of the fields of a config that are not at their defaults, and of the records of tensors.
+def covered_fields(config: Any) -> list[str]:
+    """Names of the fields that the checksum of a config covers."""
+    return sorted(field.name for field in fields(config) if field.name not in _FREE)
+
+
+def config_crc32(config: Any, tensors: Mapping[str, Any], names: Sequence[str]) -> str:
+    """CRC-32 of fields of a config, and of the records of tensors.
 
     Args:
         config ([`PruningConfig`]): the configuration.
         tensors (`Mapping`): records of tensors by key.
+        names (`Sequence[str]`): the fields. A file names those that it was saved with, so that fields which a later
+            version adds, or defaults which it changes, do not count.
 
     Returns:
         `str`: 8 hexadecimal digits.
     """
     values = config.to_dict()
-    covered = {}
-    for field in fields(config):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        value = _plain(values.get(field.name))
-        if field.name not in _FREE and value != default:
-            covered[field.name] = value
+    covered = {name: _plain(values.get(name)) for name in names}
     text = json.dumps([covered, dict(tensors)], sort_keys=True, default=str)
     return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _plain(value: Any) -> Any:
@@ -72,9 +78,14 @@ def check_config(config: Any) -> None:
     record = config.checksums
     if record is None or isinstance(record, Verified):
         return
-    if not isinstance(record, dict) or not is_tensor_record(record.get("tensors")):
-        raise ValueError(f"checksums={record!r:.80} must be a dict with 'config' and 'tensors'. {DAMAGED}")
-    if config.check_tensors and record.get("config") != (found := config_crc32(config, record["tensors"])):
+    if not isinstance(record, dict) or not (
+        is_tensor_record(record.get("tensors")) and _are_names(record.get("fields"))
+    ):
+        raise ValueError(f"checksums={record!r:.80} must be a dict with 'config', 'fields', 'tensors'. {DAMAGED}")
+    names, tensors = record["fields"], record["tensors"]
+    known = set(covered_fields(config)).issuperset(names)  # otherwise a version that had more of them wrote it
+    found = config_crc32(config, tensors, names) if known else record.get("config")
+    if config.check_tensors and record.get("config") != found:
         raise ValueError(
             f"The fields of adapter_config.json do not match their checksum ({found}, expected "
             f"{record.get('config')!r}): one was changed, and the model would not compute what it did. {DAMAGED}"
@@ -116,7 +127,8 @@ def checksums_for(config: Any, folder: Path) -> dict[str, Any]:
         found = _of_file(config, path) if path.is_file() else None
         if found is not None and all(found.get(key) == info for key, info in tensors.items()):
             tensors = found
-    return {"config": config_crc32(config, tensors), "tensors": tensors}
+    names = covered_fields(config)
+    return {"config": config_crc32(config, tensors, names), "fields": names, "tensors": tensors}
 
 
 def _of_file(config: Any, path: Path) -> Optional[dict[str, Any]]:

@@ -28,7 +28,7 @@ def loading_instructions(config: Any) -> str:
         config ([`PruningConfig`]): the adapter's configuration.
     """
     method = getattr(config.peft_type, "value", config.peft_type)
-    resume = "" if config.finalized or not config.trains else ", is_trainable=True"
+    resume = "" if config.finalized or not config.recipe().trained else ", is_trainable=True"
     return (
         f"{_what_it_is(config, method)} PEFT does not know the method by itself: install "
         "`peft_prune` and import it before loading.\n\n"
@@ -46,11 +46,11 @@ def _what_it_is(config: Any, method: str) -> str:
     how = f"({method}, granularity `{config.granularity}`, allocation `{config.allocation}`)"
     if config.finalized:
         return f"This adapter prunes {base} to a sparsity of {_percent(_final_sparsity(config))} {how}."
-    if not config.trains:
+    if not config.recipe().trained:
         return f"This adapter prunes nothing of {base} yet: it waits for `peft_prune.calibrate` {how}."
     reached = config.sparsity_when_saved
     so_far = "" if reached is None else f" The sparsity was {_percent(reached)} when it was saved."
-    if config.finds_sparsity:
+    if config.recipe().rule.finds_sparsity:
         target = "The sparsity comes out of training."
     else:
         target = f"The target is a sparsity of {_percent(config.sparsity)}."

@@ -20,3 +20,8 @@ def code(text: Any) -> str:
         fence += "`"
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def module_kind(name: str) -> str:
+    """Kind of a module: its name without numbers, the same for all queries, for all keys, and so on."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())

@@ -13,7 +13,7 @@ from helpers.models import make_bert, make_gpt2
 from transformers import AutoModelForSequenceClassification
 
 from peft_prune import finalize
-from peft_prune.tuners import watch
+from peft_prune.layers import watch
 
 
 torch.set_num_threads(1)

@@ -33,7 +33,7 @@ from peft_prune import (
     calibrate,
     penalty,
 )
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 SPARSE = {"task_type": "SEQ_CLS", "sparsity": 0.8}

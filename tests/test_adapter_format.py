@@ -14,8 +14,8 @@ from peft import get_peft_model
 from safetensors.numpy import load_file
 
 from peft_prune import PPruningConfig, calibrate, finalize
-from peft_prune.masks import entropy
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.storage import entropy
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapter_format.md"
@@ -107,7 +107,7 @@ def test_documented_decoder_reads_every_kind_of_cell():
 
 
 def test_documented_tie_break(tmp_path):
-    from peft_prune.masks.selection import topk_mask
+    from peft_prune.selection.topk import topk_mask
 
     scores, kept = torch.zeros(6, 7), 17
     order = sorted(range(42), key=lambda p: p * 2654435761 % 2**32)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_prune.masks.allocation import allocate_by_score, allocate_globally, share_by_weight
+from peft_prune.selection.allocation import allocate_by_score, allocate_globally, share_by_weight
 
 
 def share(sizes, weights, density):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_prune.masks.bits import _pack_by_shifts, _unpack_by_shifts, masked_by_bits, pack_bits, unpack_bits
+from peft_prune.storage.bits import _pack_by_shifts, _unpack_by_shifts, masked_by_bits, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (64, 96), (7, 4097)])

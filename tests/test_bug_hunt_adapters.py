@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from peft_prune import DSEEConfig, SMPConfig, calibrate, finalize, update_schedule
-from peft_prune.tuners.combine import combine_masks
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.tuner.combine import combine_masks
 
 
 def two_masks(base, targets=None, **fields):

@@ -22,8 +22,8 @@ from peft_prune import (
     finalize,
     update_schedule,
 )
-from peft_prune.tuners.dsee.prune import prune_once
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.stages.once import prune_once
 
 
 # ------------------------------------------------------------- numbers of NumPy

@@ -20,9 +20,9 @@ from peft_prune import (
     prune_once,
     update_schedule,
 )
-from peft_prune.masks.allocation import allocate_by_score, allocate_globally
-from peft_prune.masks.values import decode_values, encode_values
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.selection.allocation import allocate_by_score, allocate_globally
+from peft_prune.storage.values import decode_values, encode_values
 
 
 def jitter(model, seed=3):

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, BartModel
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
 from peft_prune.cli import main
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def test_inspect(saved, capsys):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prune import MaskFormatError
-from peft_prune.masks import entropy
-from peft_prune.masks.codec import (
+from peft_prune.storage import entropy
+from peft_prune.storage.codec import (
     decode_mask,
     describe_mask,
     encode_mask,

@@ -7,7 +7,7 @@ from helpers.models import logits, make_bert
 from peft import PeftModel
 
 from peft_prune import create_pruning_optimizer, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def train(batch, compiled):

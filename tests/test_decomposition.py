@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_prune.masks.decomposition import decompose
+from peft_prune.updates.decomposition import decompose
 
 
 def planted(batch=3, rows=96, columns=128, rank=6, places=40, noise=0.0, seed=0):

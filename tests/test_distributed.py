@@ -11,8 +11,8 @@ from distributed_run import BLOCKS, KILLED, REFUSED, SAVED, SHORT, STEPS, STRATE
 from helpers.models import make_bert, sparse_base
 from peft import PeftModel
 
-from peft_prune.tuners.distributed import refuse_sharded, unsplit
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.layers.sharding import refuse_sharded, unsplit
 
 
 HERE = Path(__file__).parent

@@ -28,8 +28,8 @@ from peft_prune import (
     prune_once,
     update_schedule,
 )
+from peft_prune.layers.layer import pruning_layers
 from peft_prune.structure.sites import HEADS, find_sites
-from peft_prune.tuners.layer import pruning_layers
 
 
 def dsee(base, **fields):

@@ -7,8 +7,8 @@ from helpers.models import logits, make_bert, make_gpt2
 from peft import PeftConfig, PeftModel
 
 from peft_prune import MaskFormatError, finalize
-from peft_prune.masks.fingerprint import agrees, fingerprint
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.storage.fingerprint import agrees, fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,9 +10,9 @@ from helpers.models import make_bert, make_gpt2, make_llama
 from peft import PeftModel, get_peft_model
 
 from peft_prune import MovementPruningConfig, SMPConfig, finalize, model_size, update_schedule
-from peft_prune.masks.granularity import BlockGranularity, NMGranularity, parse_granularity, pool, spread
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.selection.granularity import BlockGranularity, NMGranularity, parse_granularity, pool, spread
 from peft_prune.structure.sites import HEADS, find_sites
-from peft_prune.tuners.layer import pruning_layers
 
 
 ATTENTION = ["query", "key", "value", "attention.output.dense"]

@@ -9,7 +9,7 @@ from helpers.models import logits, make_bert, make_masked_lm
 from peft import get_peft_model
 
 from peft_prune import MovementPruningConfig, SMPConfig, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 VERBALIZER = {"task": "SEQ_CLS", "words": ["a", "b"], "token_ids": [5, 9], "mask_token_id": 3}

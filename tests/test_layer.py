@@ -13,9 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_prune import SMPConfig, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.linear import PrunedLinear, PrunedLinearConv1D
-from peft_prune.tuners.schedule import sparsity
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.layers.linear import PrunedLinear, PrunedLinearConv1D
+from peft_prune.stages.schedule import sparsity
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
@@ -321,7 +321,7 @@ def test_hooks_on_the_base_layer_are_told(bert, batch):
 
 
 def test_mask_is_computed_once_a_step(bert, batch, monkeypatch):
-    from peft_prune.masks import granularity
+    from peft_prune.selection import granularity
 
     calls = []
     original = granularity.topk_mask

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_prune import MovementPruningConfig, SMPConfig, cache_masked_weights, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 CONFIGS = {

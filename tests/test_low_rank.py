@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_prune import MovementPruningConfig, SMPConfig, create_pruning_optimizer, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def scores_of(layer, weight):

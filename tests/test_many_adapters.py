@@ -10,7 +10,7 @@ from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_gpt2, ma
 from peft import PeftModel, get_peft_model
 
 from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def with_masks(base, names, at=0.6, **fields):

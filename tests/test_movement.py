@@ -26,8 +26,8 @@ from peft_prune import (
     finalize,
     update_schedule,
 )
-from peft_prune.masks.values import decode_values, encode_values, values_size
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.storage.values import decode_values, encode_values, values_size
 
 
 VARIANTS = ("hard", "soft", "l0", "magnitude")

@@ -13,11 +13,11 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_prune import MovementPruningConfig, SMPConfig, create_pruning_optimizer, finalize, update_schedule
-from peft_prune.masks import device, selection
-from peft_prune.masks.granularity import spread
-from peft_prune.masks.radix import radix_topk
-from peft_prune.masks.selection import compile_selection, tie_order, topk_mask
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.selection import device, topk
+from peft_prune.selection.granularity import spread
+from peft_prune.selection.radix import radix_topk
+from peft_prune.selection.topk import compile_selection, tie_order, topk_mask
 
 
 # what has no output before the host knows a number of the device

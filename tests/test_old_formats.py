@@ -8,7 +8,7 @@ import torch
 from helpers.models import make_bert
 from peft import PeftModel
 
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -13,11 +13,11 @@ from transformers import BatchEncoding, BertConfig, BertForSequenceClassificatio
 
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, model_size
+from peft_prune.calibration.observers import TokenReservoir, collect_inputs
+from peft_prune.layers.layer import pruning_layers
 from peft_prune.structure import activations
-from peft_prune.structure.activations import TokenReservoir, collect_inputs
 from peft_prune.structure.clustering import column_similarity, head_similarity
 from peft_prune.structure.sites import HEADS, find_sites
-from peft_prune.tuners.layer import pruning_layers
 
 
 def pruned(name="bert", **fields):

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_prune import SMPConfig, create_pruning_optimizer, finalize, update_schedule
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.layers.quantized import PrunedQuantizedLinear
 from peft_prune.quantization import quantization_of
-from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.quantized import PrunedQuantizedLinear
 
 
 KINDS = ("torchao", "bitsandbytes 4-bit", "bitsandbytes 8-bit")

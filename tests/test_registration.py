@@ -9,7 +9,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_prune import SMPConfig, SMPModel
-from peft_prune.registration import register_method
+from peft_prune.tuner.registration import register_method
 
 
 def test_member_behaves_like_peft_s_own():
@@ -36,7 +36,7 @@ def test_taken_names_are_told():
     class Other(SMPConfig):
         pass
 
-    with pytest.raises(ImportError, match="peft_prune.tuners.smp.config.SMPConfig"):
+    with pytest.raises(ImportError, match="peft_prune.methods.smp.SMPConfig"):
         register_method("smp", Other, SMPModel)
 
 

@@ -23,6 +23,7 @@ from peft_prune import (
     model_size,
     update_schedule,
 )
+from peft_prune.layers.layer import pruning_layers
 from peft_prune.report import (
     layer_densities,
     plot_density,
@@ -34,7 +35,6 @@ from peft_prune.report import (
     units_alive,
     units_table,
 )
-from peft_prune.tuners.layer import pruning_layers
 
 
 def printed(table):

@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from peft_prune import MaskFormatError, MovementPruningConfig, SMPConfig, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def test_final_adapter_is_one_bit_a_weight(tmp_path, batch):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from peft_prune.masks.importance import initial_scores
-from peft_prune.masks.penalty import sigmoid_penalty, sigmoid_penalty_grad
-from peft_prune.masks.schedule import Schedule
+from peft_prune.importance.penalty import sigmoid_penalty, sigmoid_penalty_grad
+from peft_prune.importance.start import initial_scores
+from peft_prune.selection.curve import Schedule
 
 
 def test_cubic_is_the_papers_formula():

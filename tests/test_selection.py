@@ -6,9 +6,9 @@ from helpers.masks import brute_force
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_prune.masks.granularity import NMGranularity, parse_granularity
-from peft_prune.masks.selection import n_m_mask, topk_mask
-from peft_prune.masks.warm_start import LastThreshold
+from peft_prune.selection.granularity import NMGranularity, parse_granularity
+from peft_prune.selection.topk import n_m_mask, topk_mask
+from peft_prune.selection.warm_start import LastThreshold
 
 
 @settings(max_examples=150, deadline=None)

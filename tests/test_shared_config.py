@@ -6,7 +6,7 @@ from helpers.models import logits, make_bert
 from peft import PeftModel, get_peft_model
 
 from peft_prune import MovementPruningConfig, PPruningConfig, SMPConfig, calibrate, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 CONFIGS = {

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from peft_prune import MovementPruningConfig, SMPConfig, finalize, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 class Wrap(nn.Module):
@@ -229,7 +229,7 @@ def test_models_that_read_weights_are_known():
     from transformers.models.t5.modeling_t5 import T5DenseActDense
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-    from peft_prune.tuners.weight_readers import children_read_by, reads_weight_of
+    from peft_prune.tuner.weight_readers import children_read_by, reads_weight_of
 
     assert children_read_by(WavLMAttention) == {"q_proj", "k_proj", "v_proj", "out_proj"}
     # to look at a dtype is no use of a weight

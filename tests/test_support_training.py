@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_prune import PruningCallback, PruningTrainer
-from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.schedule import sparsity
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.stages.schedule import sparsity
 
 
 class Stop(TrainerCallback):

@@ -7,7 +7,7 @@ from helpers.models import logits, make_bert, make_gpt2
 from peft import PeftConfig, get_peft_model
 
 from peft_prune import DSEEConfig, MovementPruningConfig, SMPConfig, finalize, prune_once, update_schedule
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def _two(config, base=make_bert):

@@ -23,8 +23,8 @@ from peft_prune import (
     penalty,
     update_schedule,
 )
-from peft_prune.tuners.layer import pruning_layers
-from peft_prune.tuners.schedule import sparsity
+from peft_prune.layers.layer import pruning_layers
+from peft_prune.stages.schedule import sparsity
 
 
 @pytest.mark.parametrize("allocation", ["local", "score", "global"])

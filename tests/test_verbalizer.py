@@ -13,7 +13,7 @@ from peft import AutoPeftModel, PeftModel, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from peft_prune import PruningTrainer, SMPConfig, make_verbalizer
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 def make_roberta():

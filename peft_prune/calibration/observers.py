@@ -57,12 +57,12 @@ class InputNorms(Observer):
         """Add the squares of an input."""
         flat = x.detach().flatten(0, -2).float()
         # a layer may see the other side's tokens, as the keys and values of cross-attention do
-        sides = [c for c in (self.side(decoder), self.side(not decoder)) if c.shape == x.shape[:-1] or c.numel() == len(flat)]
-        counts = sides[0] if sides else None
+        sides = (self.side(decoder), self.side(not decoder))
+        counts = next((c for c in sides if c.shape == x.shape[:-1] or c.numel() == len(flat)), None)
         if counts is None and not all(bool(c.all()) for c in self.counts if c is not None):
             raise ValueError(
-                f"calibrate: {key!r} saw {len(flat)} tokens where the batch has {self.side(decoder).numel()}, so padding "
-                "cannot be told from text. Calibrate with texts of one length, cut instead of padded."
+                f"calibrate: {key!r} saw {len(flat)} tokens where the batch has {self.side(decoder).numel()}, so "
+                "padding cannot be told from text. Calibrate with texts of one length, cut instead of padded."
             )
         if counts is not None and not bool(counts.all()):
             flat = flat[counts.flatten().to(flat.device)]
@@ -73,8 +73,8 @@ class InputNorms(Observer):
         """The norms."""
         if key not in self._squares:
             raise ValueError(
-                f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it out "
-                "of target_modules."
+                f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it "
+                "out of target_modules."
             )
         norms = self._squares.pop(key).sqrt()
         check_finite(key, norms)

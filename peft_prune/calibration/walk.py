@@ -41,7 +41,7 @@ def walk(
     after_block: Optional[AfterBlock] = None,
     device: Optional[torch.device | str] = None,
 ) -> None:
-    """Show layers what comes into them, see above. The model runs in eval mode, without gradients, and is left as it was.
+    """Show observers what comes into layers, see above. The model runs in eval mode, and is left as it was.
 
     Args:
         model (`nn.Module`): the model.

@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import torch
 
-from ..layers.masked_weight import Penalized
 from ..selection.granularity import spread
 from .learned import Learned
+from .straight_through import Penalized
 
 
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3

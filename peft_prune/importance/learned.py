@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import nn
 
-from ..layers.masked_weight import MaskedWeight
 from .base import Importance
 from .start import initial_scores
+from .straight_through import MaskedWeight
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Learned(Importance):
     start: str | float = "zeros"
 
     label = "learned score"
-    tensors = ("scores",)
+    tensors: ClassVar[tuple[str, ...]] = ("scores",)
     needs_weights = False
 
     def add(self, layer: Any, name: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .learned import Learned
 from .penalty import sigmoid_penalty_grad
-from .start import initial_scores
+from .start import initial_scores, spread_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class Start:
             raise ValueError(
                 "score='low_rank' starts from the base weights, which are on device 'meta'. Load them first."
             )
-        spread = float(matrix.detach().float().std())
-        return cls(kind, block, 1.0 / max(spread, torch.finfo(torch.float32).tiny))
+        return cls(kind, block, 1.0 / float(spread_of(matrix)))
 
     def scores(self, matrix: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`S = S₀ + A·B + r·1ᵀ + 1·cᵀ` (PST, Li et al. 2022; its `α|W|` is `S₀` of `score_init="magnitude"`).

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer
 from . import semi_structured
 from .choice import Choice, Timer, candidates, choose, wall_time
 from .report import LayerForm, SparseReport

@@ -11,13 +11,14 @@ from . import merging
 from .by_sample import forward_by_sample
 from .final import FinalMasks
 from .masks import not_calibrated
+from .sharding import NotReplicated
 from .watch import look_at_schedule, warn_once
 
 
 BASE = "__base__"  # PEFT's name for no adapter, in `adapter_names`
 
 
-class PruningLayer(FinalMasks):
+class PruningLayer(NotReplicated, FinalMasks):
     """Base of the layers that replace a target module; what they hold is described at [`AdapterTensors`]."""
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -6,8 +6,8 @@ import math
 from typing import Any, Optional
 
 import torch
-from peft.utils.other import get_pattern_key
 
+from ..matching import pattern_of
 from ..selection.device import on_cpu
 from ..selection.granularity import Granularity, parse_granularity
 from ..storage.bits import pack_bits, unpack_bits
@@ -95,7 +95,7 @@ class AdapterMasks(AdapterTensors):
     def own_sparsity(self, adapter_name: str) -> Optional[float]:
         """What `sparsity_pattern` says of this module, `None` if nothing."""
         pattern = getattr(self.config(adapter_name), "sparsity_pattern", None) or {}
-        return pattern.get(get_pattern_key(list(pattern), self.module_name))
+        return pattern.get(pattern_of(pattern, self.module_name))
 
     def target_sparsity(self, adapter_name: str) -> float:
         """Final sparsity of this module: its own if it has one, otherwise the config's."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..tuner.peft_api import BufferDict
+from ..peft_api import BaseTunerLayer, BufferDict
 from .cached_weight import CachedWeight
 from .host import Host
 

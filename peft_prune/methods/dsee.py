@@ -5,26 +5,29 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import nn
 
-from ..config import PruningConfig
+from ..config import FIELDS_OF_ALL, PruningConfig, reads_old_files
 from ..config_checks import check_choice, check_number, check_whole
 from ..importance.of_update import OfUpdate
 from ..layers.layer import pruning_layers
 from ..layers.linear import LAYER_CLASSES
+from ..matching import is_target
+from ..peft_api import LORA_TARGETS, include_all_linear
 from ..recipe import Moment, Recipe
 from ..rules.smallest import Smallest
 from ..structure.sites import HEADS, find_sites
 from ..tuner.model import PruningModel
-from ..tuner.peft_api import LORA_TARGETS, include_all_linear
 from ..tuner.registration import register_method
 from ..tuner.targets import default_target_modules
+from ..tuner.unloading import active_for_merge
 from ..updates.low_rank import LowRank
 from ..updates.support import SUPPORTS
 
@@ -33,6 +36,7 @@ IMPORTANCES = ("update", "effective", "weight")
 _logger = logging.getLogger(__name__)
 
 
+@reads_old_files(*(name for name in FIELDS_OF_ALL if name != "total_steps"))
 @dataclass
 class DSEEConfig(PruningConfig):
     """
@@ -125,13 +129,11 @@ class DSEEConfig(PruningConfig):
 
     def prunes(self, module_name: str) -> bool:
         """Whether a module is among those that are pruned."""
-        pruned = copy.copy(self)
-        pruned.target_modules = self.prune_target_modules
-        return self.prune_target_modules is not None and self.updates(module_name, pruned)
+        return self.prune_target_modules is not None and bool(is_target(self, module_name, "prune_target_modules"))
 
-    def updates(self, module_name: str, config: Optional[Any] = None) -> bool:
+    def updates(self, module_name: str) -> bool:
         """Whether a module is among those that are updated."""
-        return bool(BaseTuner._check_target_module_exists(config or self, module_name))
+        return bool(is_target(self, module_name))
 
     def final_step(self, total_steps: int) -> int:
         """Optimizer step at which it is pruned, once."""
@@ -174,8 +176,7 @@ class DSEEModel(PruningModel):
     """
 
     prefix = "dsee_"
-    layer_classes = DSEE_LAYERS
-    quantized_layer_class = DSEEQuantizedLinear
+    layer_classes = LAYER_CLASSES  # the update is of linear layers
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         if peft_config.target_modules is None:
@@ -192,7 +193,7 @@ class DSEEModel(PruningModel):
         try:
             sites = find_sites(self.model)
         except ValueError as error:
-            names = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_config.get("model_type", ""))
+            names = LORA_TARGETS.get(model_config.get("model_type", ""))
             if names is None:
                 raise ValueError(
                     "Please specify `target_modules`, the modules to update. By default these are queries and values, "
@@ -205,31 +206,42 @@ class DSEEModel(PruningModel):
         # the fields that PEFT reads, with those that are pruned in the place of those that are updated
         pruned: Any = copy.copy(peft_config)
         pruned.target_modules = peft_config.prune_target_modules
-        pruned = _maybe_include_all_linear_layers(pruned, model)
+        pruned = include_all_linear(pruned, model)
         peft_config.prune_target_modules = pruned.target_modules
         super()._prepare_model(peft_config, model)
+        self._check_sizes(peft_config, model)
         if not any(peft_config.prunes(name) for name in self._find_targets(peft_config, model)):
             raise ValueError(
                 f"prune_target_modules={peft_config.prune_target_modules!r} matches no module of the base model. "
                 "Correct the names, or leave it out to prune the linear layers inside the numbered blocks."
             )
 
+    def _check_sizes(self, config: DSEEConfig, model: nn.Module) -> None:
+        """An update is no larger than the matrix; a config from a stranger may ask for more than there is memory."""
+        for name, layer in self._find_targets(config, model).items():
+            if not config.updates(name):
+                continue
+            if config.r > max(layer.shape):
+                raise ValueError(
+                    f"r={config.r!r} is above both sides of {name!r}, {layer.shape}. Use a rank below the smaller one."
+                )
+            if config.num_sparse > layer.shape[0] * layer.shape[1]:
+                raise ValueError(
+                    f"num_sparse={config.num_sparse!r} is more than the {layer.shape[0] * layer.shape[1]} weights of "
+                    f"{name!r}. Use fewer places."
+                )
+
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         return peft_config.updates(key) or peft_config.prunes(key)
 
-    def _create_and_replace(  # type: ignore[override]
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **optional_kwargs: Any,
-    ) -> None:  # fmt: skip
-        super()._create_and_replace(
-            peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
-        )
-        if peft_config.updates(current_key):
-            layer = cast(DSEELayer, getattr(parent, target_name))
-            if layer.merged:
-                raise ValueError(f"{layer.merged_adapters} are merged. Call model.unmerge_adapter() first.")
-            layer.add_update(adapter_name, peft_config, self._rows_of(current_key))
+    def _of_host(self, config: Any, name: str) -> dict[str, Any]:
+        updated = config.updates(name)
+        return {
+            "updated": updated,
+            "pruned": config.prunes(name),
+            "rows": self._rows_of(name) if updated else None,
+        }
 
     def _rows_of(self, name: str) -> Optional[torch.Tensor]:
         """Of a fused projection, the rows of queries and values; `None` for all rows."""
@@ -243,23 +255,27 @@ class DSEEModel(PruningModel):
                 return torch.cat([rows[:, :width], rows[:, 2 * width :]], dim=1).flatten().sort().values
         return None
 
-    def merge_and_unload(  # type: ignore[override]
-        self, *args: Any, keep_sparse: Optional[bool] = None, inputs: Optional[dict[str, Any]] = None, **kwargs: Any
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+        shrink: Optional[bool] = None,
+        keep_sparse: Optional[bool] = None,
+        inputs: Optional[dict[str, Any]] = None,
     ) -> nn.Module:
         """Merge masks and updates, and return the base model, without the heads and neurons that are gone.
 
         Args:
-            *args, **kwargs: as for [`PruningModel.merge_and_unload`].
+            progressbar, safe_merge, adapter_names, shrink: as for [`PruningModel.merge_and_unload`].
             keep_sparse (`bool`, *optional*): mask the update, too, so that merged weights are as sparse as the masks.
                 The model's outputs change then. By default what the config says, `False`.
             inputs (`dict`, *optional*): a batch, with which the change of the outputs is measured and logged.
         """
-        for name in self.active_adapters:
-            if keep_sparse is not None:
-                cast(DSEEConfig, self.peft_config[name]).keep_sparse = keep_sparse
-        before = self._outputs(self.model, inputs)
-        lost = self._lost_by_masking()
-        merged = super().merge_and_unload(*args, **kwargs)
+        with active_for_merge(self, adapter_names) as names, _sparse(self.peft_config, names, keep_sparse):
+            before = self._outputs(self.model, inputs)
+            lost = self._lost_by_masking(names)
+            merged = super().merge_and_unload(progressbar, safe_merge, adapter_names, shrink)
         if lost:
             message = f"keep_sparse=True removed {lost:.2%} of the norm of the update."
             after = self._outputs(merged, inputs)
@@ -274,13 +290,30 @@ class DSEEModel(PruningModel):
         with torch.no_grad():
             return cast(Any, model)(**inputs)[0].float()
 
-    def _lost_by_masking(self) -> float:
+    def _lost_by_masking(self, names: Sequence[str]) -> float:
         """Share of the update's norm that falls on pruned weights and is about to be masked."""
         whole = gone = 0.0
         for layer in pruning_layers(self):
-            for name in layer.active_adapters:
-                if name in layer.pruning_config and cast(DSEEConfig, layer.pruning_config[name]).keep_sparse:
-                    change = cast(DSEELayer, layer).delta(name).detach()
+            for name in names:
+                if name in layer.host and layer.config(name).keep_sparse:
+                    change = layer.host[name].recipe.update.delta(layer, name).detach()
                     whole += float(change.square().sum())
                     gone += float(change[~layer.get_mask(name)].square().sum())
         return (gone / whole) ** 0.5 if whole else 0.0
+
+
+@contextmanager
+def _sparse(configs: dict[str, Any], names: Sequence[str], keep_sparse: Optional[bool]) -> Iterator[None]:
+    """While this is entered, adapters have another `keep_sparse`; what their configs say is put back."""
+    before = {name: configs[name].keep_sparse for name in names}
+    try:
+        for name in names if keep_sparse is not None else ():
+            configs[name].keep_sparse = keep_sparse
+        yield
+    finally:
+        for name, said in before.items():
+            if name in configs:
+                configs[name].keep_sparse = said
+
+
+register_method(name="dsee", config_cls=DSEEConfig, model_cls=DSEEModel)

@@ -33,7 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
     "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
 }
-SCORES, MASKS, UPDATES = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0"), ("full", "low_rank", "none")
+SCORES, MASKS = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0")
+UPDATES = ("full", "low_rank", "none")
 
 
 @dataclass
@@ -140,7 +141,7 @@ class MovementPruningConfig(TrainedConfig):
             )
         if self.update == "low_rank" and self.mask == "l0":
             raise ValueError(
-                "update='low_rank' keeps the base weights, and mask='l0' scales them by gates. Use update='full' with it."
+                "update='low_rank' keeps the base weights, which mask='l0' scales by gates. Use update='full' with it."
             )
         if self.update == "none" and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros):
             raise ValueError(
@@ -150,6 +151,11 @@ class MovementPruningConfig(TrainedConfig):
         if self.mask != "topk" or self.from_existing_zeros:
             what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
             self._refuse_sparsity(density, f"{what} how much is removed. Leave it out.")
+        if self.from_existing_zeros and not self.finalized and (self.allocation != "local" or self.sparsity_pattern):
+            raise ValueError(
+                f"allocation={self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} have no effect with "
+                "from_existing_zeros=True: the zeros of the base decide what each matrix keeps. Leave them out."
+            )
         if self.mask != "topk" and (self.allocation != "local" or self.sparsity_pattern or ":" in self.granularity):
             raise ValueError(
                 f"mask={self.mask!r} lets scores decide by themselves how much each matrix keeps, so allocation="

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from peft.utils import ModulesToSaveWrapper, PeftType
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import PeftType
 from torch import nn
 
 from ..calibrated_config import CalibratedConfig
+from ..config import FIELDS_OF_ALL, reads_old_files
 from ..config_checks import check_choice, check_number, check_whole
 from ..importance.similarity import Similarity
 from ..layers.layer import PruningLayer
 from ..layers.linear import LAYER_CLASSES
+from ..peft_api import ALL_LINEAR, ModulesToSaveWrapper
 from ..recipe import Moment, Recipe
 from ..rules.budget import Budget
 from ..selection.granularity import BlockGranularity, Granularity
@@ -29,6 +30,7 @@ from ..updates.base import Keep
 CRITERIA = ("similarity", "magnitude", "random")
 
 
+@reads_old_files(*FIELDS_OF_ALL)
 @dataclass
 class PPruningConfig(CalibratedConfig):
     """
@@ -77,7 +79,7 @@ class PPruningConfig(CalibratedConfig):
     linkage: str = field(default="complete", metadata={"help": "'complete', 'average' or 'single'."})
     criterion: str = field(default="similarity", metadata={"help": "'similarity', 'magnitude' or 'random'."})
     seed: int = field(default=0, metadata={"help": "Seed of the sample of tokens."})
-    granularity: ClassVar[str] = "column"  # heads and neurons are columns of a matrix
+    granularity = "column"  # heads and neurons are columns of a matrix
 
     def __post_init__(self, density=None):
         self._refuse_sparsity(
@@ -160,7 +162,7 @@ class PPruningModel(PruningModel):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         targets = peft_config.target_modules
         # "all-linear" is all there is to prune here
-        if targets is None or isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        if targets is None or isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             # below the block, so that `layers_to_transform` applies
             peft_config.target_modules = {site.output.removeprefix(site.block + ".") for site in find_sites(self.model)}
         return peft_config

@@ -11,7 +11,7 @@ from peft.utils import load_peft_weights
 
 from ..config import PruningConfig
 from ..config_record import check_tensors
-from ..masks.codec import MaskFormatError, check_stored, check_values, load_mask, stored_shape, stored_size
+from ..storage.codec import MaskFormatError, check_stored, check_values, load_mask, stored_shape, stored_size
 from .summary import LayerDensity, stored_densities
 
 

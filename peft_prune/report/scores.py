@@ -37,7 +37,7 @@ def plot_scores(model: nn.Module, adapter_name: Optional[str] = None, bins: int 
     from matplotlib.figure import Figure
 
     name, layers = pruned_layers(model, adapter_name)
-    if any(not layer.has_scores(name) and name not in layer.update for layer in layers):
+    if any(name not in layer.progress or not layer.host[name].recipe.chosen_layer_by_layer for layer in layers):
         raise ValueError(
             f"Adapter {name!r} has no scores: its masks are final, or its method has none. Plot before "
             "peft_prune.finalize(model); in a Trainer, pass PruningCallback(finalize_at_end=False)."
@@ -46,7 +46,7 @@ def plot_scores(model: nn.Module, adapter_name: Optional[str] = None, bins: int 
     matrices: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for layer, row in zip(layers, rows, strict=True):
         height, width = layer.block(name)
-        scores = layer.ranking(name).detach().float().cpu().numpy()
+        scores = layer.host[name].recipe.importance.rank(layer, name).detach().float().cpu().numpy()
         # one entry for each block that shares a score
         kept = layer.get_mask(name)[::height, ::width].cpu().numpy()
         matrices.setdefault(row.kind, []).append((scores, kept))

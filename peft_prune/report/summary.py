@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from torch import nn
 
-from ..names import one_line
-from ..tuners.layer import PruningLayer, pruning_layers
-from ..tuners.schedule import module_kind
+from ..layers.layer import PruningLayer, pruning_layers
+from ..names import module_kind, one_line
 
 
 if TYPE_CHECKING:

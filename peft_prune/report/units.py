@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..layers.layer import PruningLayer
+from ..names import module_kind
 from ..structure.shrink import removable_units
 from ..structure.sites import find_sites, linear_matrix
-from ..tuners.layer import PruningLayer
-from ..tuners.schedule import module_kind
 from .summary import common_prefix, pruned_layers
 
 

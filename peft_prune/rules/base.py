@@ -24,6 +24,8 @@ class Rule:
     finds_sparsity: ClassVar[bool] = False
     # whether it is a failure if next to nothing is removed
     expects_removal: ClassVar[bool] = False
+    # whether layers are compared with each other, so that all have to be seen before the first mask is chosen
+    across_layers: ClassVar[bool] = False
     # whether it looks at the base weights, whatever the importance does
     needs_weights: ClassVar[bool] = False
     # whether whole heads or neurons may go, so that merging makes the model smaller
@@ -48,6 +50,11 @@ class Rule:
         host = layer.host[name]
         ranking = host.recipe.importance.rank(layer, name)
         return spread(host.granularity.units(ranking, kept, host.threshold), block)
+
+    def shares(self, model: Any, name: str, layers: list[Any]) -> dict[str, float]:
+        """What calibration reports of the masks in force: `sparsity` by default."""
+        sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+        return {"sparsity": 1.0 - sum(int(layer.get_mask(name).sum()) for layer in layers) / sum(sizes)}
 
     def check(self, model: Any, name: str, layers: list[Any]) -> None:
         """Raise `ValueError` if what is to be chosen later cannot be chosen in this model."""

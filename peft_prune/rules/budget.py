@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils.logging import tqdm
 
 from ..layers.sharding import agreed
 from ..structure.budget import Plan, choose_units
@@ -31,6 +32,7 @@ class Budget(Rule):
     label = "FLOPs budget over heads and neurons of the model"
     finds_sparsity = True
     structured = True
+    across_layers = True
     needs_weights = True
 
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
@@ -39,7 +41,8 @@ class Budget(Rule):
         importance = layers[0].host[name].recipe.importance
         generator = torch.Generator().manual_seed(importance.seed)
         plans = []
-        for module, site in sites.items():
+        bar = tqdm(sites.items(), desc="calibrate: compare units", unit="layer", disable=not seen)  # others are quick
+        for module, site in bar:
             heights, order = importance.order(model, site, (seen or {}).get(module), generator)
             plans.append(Plan(site, unit_macs(model, site, self.sequence_length), heights, order))
         kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn))

@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
+
 from ..layers.sharding import gathered
+from ..names import module_kind
 from ..selection.allocation import allocate_by_score, allocate_globally
 from ..selection.device import on_cpu
+from ..selection.granularity import spread
+from ..selection.topk import n_m_mask
 from .base import Count, Rule
 
 
@@ -80,9 +85,32 @@ class TopK(Rule):
         return allocate_by_score(rankings, kinds, density, layers[0].config(name).temperature)
 
 
+@dataclass(frozen=True)
+class TopKOnce(Rule):
+    """A share of the units of each row or n:m group stays, chosen once, from what calibration has seen.
+
+    Args:
+        granularity (`str`): `"weight"`, or an n:m pattern.
+        group (`str`): what competes where units are single weights: `"row"` or `"matrix"`.
+    """
+
+    granularity: str = "weight"
+    group: str = "row"
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """In words."""
+        return f"top-k in the {self.granularity + ' group' if ':' in self.granularity else self.group}"
+
+    def choose(self, layer: Any, name: str) -> torch.Tensor:
+        """Bool, shape (out, in)."""
+        host = layer.host[name]
+        ranking = host.recipe.importance.rank(layer, name)
+        kept = host.granularity.count(1.0 - layer.target_sparsity(name), layer.shape)
+        if self.group == "matrix" or ":" in self.granularity:
+            return spread(host.granularity.units(ranking, kept), layer.block(name))
+        in_row = max(1, round((1.0 - layer.target_sparsity(name)) * ranking.shape[1]))
+        return n_m_mask(ranking, in_row, ranking.shape[1])
+
+
 _GROUPS = {"local": "matrix", "score": "kind of matrix", "global": "model"}
-
-
-def module_kind(name: str) -> str:
-    """Kind of a module: its name without numbers, the same for all queries, for all keys, and so on."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())

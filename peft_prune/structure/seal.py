@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..masks.checksums import check_no_nan, check_tensor, describe_tensor, is_tensor_record
-from ..masks.codec import MaskFormatError
+from ..peft_api import replace_method
+from ..storage.checksums import check_no_nan, check_tensor, describe_tensor, is_tensor_record
+from ..storage.codec import MaskFormatError
 from .record import FIELD
 
 
@@ -30,24 +30,24 @@ _HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "forc
 
 def seal_when_saved() -> None:
     """Have `save_pretrained` of compact models record checksums; other models are not touched."""
-    save, upload = PreTrainedModel.save_pretrained, PreTrainedModel._upload_modified_files
-    if getattr(save, "seals_compact", False):
-        return
 
-    @functools.wraps(save)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = save(self, save_directory, *args, **kwargs)
-        _seal(self, Path(save_directory), kwargs.get("variant"), kwargs.get("is_main_process", True))
-        return result
+    def make_save(original: Any) -> Any:
+        def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, save_directory, *args, **kwargs)
+            _seal(self, Path(save_directory), kwargs.get("variant"), kwargs.get("is_main_process", True))
+            return result
 
-    @functools.wraps(upload)
-    def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        _seal(self, Path(working_dir))
-        return upload(self, working_dir, *args, **kwargs)
+        return save_pretrained
 
-    save_pretrained.seals_compact = True  # type: ignore[attr-defined]
-    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
-    PreTrainedModel._upload_modified_files = upload_modified_files  # type: ignore[method-assign]
+    def make_upload(original: Any) -> Any:
+        def upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+            _seal(self, Path(working_dir))
+            return original(self, working_dir, *args, **kwargs)
+
+        return upload_modified_files
+
+    replace_method(PreTrainedModel, "save_pretrained", make_save)
+    replace_method(PreTrainedModel, "_upload_modified_files", make_upload)
 
 
 def _seal(model: Any, folder: Path, variant: Optional[str] = None, is_main_process: bool = True) -> None:

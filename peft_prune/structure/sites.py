@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..peft_api import BaseTunerLayer
 from ..quantization import dequantized_weight
 from .anatomy import Anatomy, Attention, FeedForward, anatomy_of
 

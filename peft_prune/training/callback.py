@@ -7,13 +7,13 @@ from typing import Any, Optional
 
 from transformers import TrainerCallback
 
-from ..masks.selection import compile_selection
+from ..layers.layer import pruning_layers
+from ..layers.sharding import refuse_data_parallel
 from ..report.summary import by_kind, layer_densities
 from ..report.training import DENSITY
-from ..tuners.distributed import refuse_data_parallel
-from ..tuners.finalize import finalize
-from ..tuners.layer import pruning_layers
-from ..tuners.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
+from ..selection.topk import compile_selection
+from ..stages.finalize import finalize
+from ..stages.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
 
 
 _INSTEAD = (
@@ -25,11 +25,13 @@ _INSTEAD = (
 def _warn_about_groups(model: Any, optimizer: Any, learning_rate: Optional[float]) -> None:
     """Warn if scores are trained as other weights are: at their learning rate, and with weight decay."""
     for name, layers in trained_adapters(model).items():
-        held = [layer.held(kind) for layer in layers for kind in layer.score_names]
+        held = [layer.held(kind) for layer in layers for kind in layers[0].host[name].recipe.importance.tensors]
         scores = {id(holder[name]) for holder in held if name in holder}
+        if not scores:
+            continue
         for group in getattr(optimizer, "param_groups", ()):
             ours = sum(id(parameter) in scores for parameter in group["params"])
-            rate, wanted = group.get("initial_lr", group["lr"]), layers[0].pruning_config[name].score_lr
+            rate, wanted = group.get("initial_lr", group["lr"]), layers[0].config(name).score_lr
             if ours and rate != wanted and (ours < len(group["params"]) or rate == learning_rate):
                 warnings.warn(
                     f"The scores are trained at the learning rate of all other weights, {rate:g}, and not at "
@@ -104,7 +106,7 @@ class PruningCallback(TrainerCallback):
         if state.best_metric is None:
             return
         for name, layers in trained_adapters(model).items():
-            config = layers[0].pruning_config[name]
+            config = layers[0].config(name)
             if state.global_step < config.final_step(state.max_steps):
                 state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
@@ -118,8 +120,8 @@ class PruningCallback(TrainerCallback):
         """
         last = {key: float(value) for key, value in self.last.items()}  # waits for a device that has not counted yet
         adapters = trained_adapters(model)
-        configs = [layers[0].pruning_config[name] for name, layers in adapters.items()]
-        if any(config.penalty and config.learns_scores for config in configs):
+        hosts = [layers[0].host[name] for name, layers in adapters.items()]
+        if any(host.recipe.importance.tensors and host.config.penalty for host in hosts):
             last["penalty"] = penalty(model)
         else:
             last.pop("penalty_lambda", None)

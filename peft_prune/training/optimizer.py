@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..tuners.layer import PruningLayer
-from ..tuners.schedule import trained_adapters, why_nothing_trains
+from ..layers.layer import PruningLayer
+from ..stages.schedule import trained_adapters, why_nothing_trains
 
 
 def pruning_parameter_groups(
@@ -29,23 +29,26 @@ def pruning_parameter_groups(
     """
     adapters = trained_adapters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scores = _trained(adapters, PruningLayer.score_names)
-    others_of_ours = {kind for layers in adapters.values() for kind in layers[0].trained_names}
-    updates = _trained(adapters, sorted(others_of_ours.difference(PruningLayer.score_names)))
+    recipes = [layers[0].host[name].recipe for name, layers in adapters.items()]
+    scores = _trained(adapters, sorted({kind for recipe in recipes for kind in recipe.importance.tensors}))
+    updates = _trained(adapters, sorted({kind for recipe in recipes for kind in recipe.update.tensors}))
     if not scores and not updates:
         raise ValueError(
             f"There are no scores to train: {why_nothing_trains(model)}"
             if not adapters
             else "The model's scores are frozen. Load the adapter with is_trainable=True."
         )
-    if score_lr is None:
-        name, layers = next(iter(adapters.items()))
-        score_lr = layers[0].pruning_config[name].score_lr
+    if score_lr is None and scores:
+        score_lr = next(
+            layers[0].config(name).score_lr
+            for name, layers in adapters.items()
+            if layers[0].host[name].recipe.importance.tensors
+        )
     # the names that Trainer exempts from weight decay
     exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], exempt))
     others = {name: p for name, p in trainable.items() if id(p) not in scores and id(p) not in updates}
-    groups = [  # `Trainer` logs the learning rate of the first: the one that it was given
+    groups: list[dict[str, Any]] = [  # `Trainer` logs the learning rate of the first: the one that it was given
         {"params": [p for n, p in others.items() if n in decayed], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for n, p in others.items() if n not in decayed], "lr": lr, "weight_decay": 0.0},
         # a decay of the update would draw the weights back to the base model

@@ -16,6 +16,7 @@ class Update:
     label: ClassVar[str] = "none: the mask is all that is stored"
     tensors: ClassVar[tuple[str, ...]] = ()  # kinds of trained tensors that it owns
     stored: ClassVar[tuple[str, ...]] = ()  # kinds of buffers that it owns
+    trains_under_mask: ClassVar[bool] = False  # whether what is trained is seen through the mask
     watched: ClassVar[tuple[str, ...]] = ()  # of the trained ones, those that move from the first step on
 
     def add(self, layer: Any, name: str) -> None:
@@ -53,6 +54,9 @@ class Update:
             ValueError: something that was trained cannot be stored.
         """
         return {}, {}
+
+    def check_stored(self, layer: Any, name: str, kind: str, found: torch.Tensor) -> None:
+        """Raise `MaskFormatError` if a tensor of a file has the right shape and values that cannot be."""
 
     def kept_when_final(self) -> tuple[str, ...]:
         """Kinds of trained tensors that a final adapter still holds."""

@@ -29,6 +29,7 @@ class Dense(Update):
     tensors = ("update",)
     stored = ("values",)
     watched = ("update",)
+    trains_under_mask = True
 
     def add(self, layer: Any, name: str) -> None:
         """`update`: float32, shape (out, in); or `values`: uint8, of the size that the record says."""

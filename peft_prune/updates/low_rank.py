@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..storage.codec import MaskFormatError
 from .base import Update
 from .support import choose_support
 
@@ -50,6 +51,11 @@ class LowRank(Update):
         """In words."""
         places = " and sparse places" if self.num_sparse else ""
         return f"low rank{places}, {'under' if self.under_mask else 'beside'} the mask"
+
+    @property
+    def trains_under_mask(self) -> bool:  # type: ignore[override]
+        """Whether the update is masked."""
+        return self.under_mask
 
     @property
     def scaling(self) -> float:
@@ -134,6 +140,17 @@ class LowRank(Update):
                     "diverged: lower the learning rate, or go back to an earlier checkpoint."
                 )
         return {}, {}
+
+    def check_stored(self, layer: Any, name: str, kind: str, found: torch.Tensor) -> None:
+        """Places of the sparse part have to lie in the matrix."""
+        if kind != "support" or not found.numel():
+            return
+        places = layer.held("B")[name].shape[0] * layer.held("A")[name].shape[1]
+        if not (0 <= int(found.min()) and int(found.max()) < places):
+            raise MaskFormatError(
+                f"The sparse update of {layer.module_name!r} has places from {int(found.min())} to {int(found.max())}, "
+                f"and the matrix has {places}: the file is damaged. Download or save it again."
+            )
 
     def kept_when_final(self) -> tuple[str, ...]:
         """All of the update."""

@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 class Record(TrainerCallback):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from helpers.trainings import BASES, TRAININGS, Training, batches, digest, dsee, masks, movement, smp
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "before_redesign"

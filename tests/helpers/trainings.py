@@ -24,7 +24,7 @@ from peft_prune import (
     finalize,
     update_schedule,
 )
-from peft_prune.tuners.layer import pruning_layers
+from peft_prune.layers.layer import pruning_layers
 
 
 STEPS, STOPPED = 12, 7

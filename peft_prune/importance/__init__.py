@@ -1,0 +1,1 @@
+"""What ranks units: the first part of a recipe."""

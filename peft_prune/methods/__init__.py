@@ -1,0 +1,21 @@
+"""The methods: of each a config with its recipe, and a tuner with its name. Importing them registers them with PEFT."""
+
+from .dsee import DSEEConfig, DSEEModel
+from .movement import MovementPruningConfig, MovementPruningModel
+from .ppruning import PPruningConfig, PPruningModel
+from .smp import SMPConfig, SMPModel
+from .wanda import WandaConfig, WandaModel
+
+
+__all__ = [
+    "DSEEConfig",
+    "DSEEModel",
+    "MovementPruningConfig",
+    "MovementPruningModel",
+    "PPruningConfig",
+    "PPruningModel",
+    "SMPConfig",
+    "SMPModel",
+    "WandaConfig",
+    "WandaModel",
+]

@@ -1,0 +1,1 @@
+"""Which units stay, on tensors alone: granularity, top-k, allocation, schedules."""

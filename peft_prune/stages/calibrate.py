@@ -1,0 +1,189 @@
+"""Calibration: a look at inputs, and the masks are there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ..calibration.walk import Watched, walk
+from ..layers.layer import PruningLayer, pruning_layers
+from ..layers.sharding import refuse_data_parallel, refuse_sharded
+from ..recipe import Moment
+from ..structure.sites import find_sites
+from .finalize import switch_over, tell_sparsity
+from .own_config import own_config
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Optional[Iterable[Any]] = None,
+    adapter_name: Optional[str] = None,
+    device: Optional[torch.device | str] = None,
+    dataloader: Optional[Iterable[Any]] = None,
+) -> dict[str, float]:
+    """Choose what stays by what comes into the layers, and make the masks final.
+
+    Runs the model on `config.num_samples` examples; memory does not grow with the data. Methods that choose layer by
+    layer are walked block by block: a block sees what the pruned blocks before it put out. Adapters of other kinds stay
+    in force meanwhile. Of several processes, all have to call it, and all get the choice of the first. Progress bars
+    show how far it is; `transformers.utils.logging.disable_progress_bar()` switches them off.
+
+    Args:
+        model (`nn.Module`): any model with an adapter of a calibrated method that is not calibrated yet.
+        batches (`Iterable`, *optional*): batches as the model takes them, mappings of tensors, for instance a
+            `DataLoader`; labels are not needed. May be left out for methods that look at weights alone, such as
+            `PPruningConfig(criterion="magnitude")`.
+        adapter_name (`str`, *optional*): adapter to calibrate, by default the one that is not calibrated.
+        device (*optional*): where blocks are run, one at a time, such as `"cuda"`; by default where the model is.
+        dataloader (`Iterable`, *optional*): deprecated name of `batches`.
+
+    Returns:
+        `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`.
+
+    Raises:
+        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, the model is
+            wrapped by `DataParallel`, or the budget cannot be met. The adapter is as it was then.
+    """
+    if dataloader is not None:
+        warnings.warn("calibrate: dataloader= is called batches= now.", FutureWarning, stacklevel=2)
+        batches = dataloader
+    refuse_data_parallel(model)
+    name, layers = _uncalibrated(model, adapter_name)
+    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    if any(layer.merged for layer in layers):
+        raise ValueError("calibrate: adapters are merged. Call model.unmerge_adapter() first.")
+    if isinstance(batches, Mapping):  # iterated, it gives the names of its entries
+        raise ValueError(
+            f"calibrate: dataloader is a single batch with the entries {list(batches)}. Pass a list of batches: "
+            "calibrate(model, [batch])."
+        )
+    if recipe.importance.reads_activations and batches is None:
+        raise ValueError("calibrate(model, dataloader): this method needs a dataloader of the task's inputs.")
+    refuse_sharded(layers, "calibrate")
+    with _bits_taken_back_on_error(name, layers):
+        _choose(model, name, layers, batches, device)
+        shares = recipe.rule.shares(model, name, layers)
+        forms = [layer.final_form(name) for layer in layers]
+    config = own_config(model, name)
+    tell_sparsity(name, layers, config)
+    switch_over(name, layers, config, forms)
+    return shares
+
+
+def _choose(
+    model: nn.Module,
+    name: str,
+    layers: list[PruningLayer],
+    batches: Optional[Iterable[Any]],
+    device: Optional[torch.device | str],
+) -> None:
+    """Put masks in force: of all layers at once, or block by block."""
+    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    for layer in layers:  # dense, whatever was in force before
+        layer.start_bits(name, torch.ones(layer.shape, dtype=torch.bool))
+    if not recipe.importance.reads_activations:
+        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
+        return
+    assert batches is not None
+    watched, by_path = _watched(model, layers), _by_path(model, layers)
+    observer = recipe.importance.observer(config)
+    if recipe.rule.across_layers:
+        walk(model, watched, batches, observer, config.num_samples, device=device)
+        seen = {layer.module_name: observer.result(path) for path, layer in by_path.items()}
+        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
+        return
+    _check_active(name, layers)
+
+    def after_block(paths: list[str]) -> None:
+        for path in paths:
+            layer = by_path[path]
+            host = layer.host[name]
+            host.seen = observer.result(path)
+            layer.set_bits(name, recipe.rule.choose(layer, name))
+            host.seen = None
+
+    walk(model, watched, batches, observer, config.num_samples, after_block, device)
+
+
+def _set_all(name: str, layers: list[PruningLayer], masks: Mapping[str, torch.Tensor]) -> None:
+    for layer in layers:
+        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
+
+
+def _by_path(model: nn.Module, layers: list[PruningLayer]) -> dict[str, PruningLayer]:
+    ours = set(map(id, layers))
+    return {path: module for path, module in model.named_modules() if id(module) in ours}  # type: ignore[misc]
+
+
+def _watched(model: nn.Module, layers: list[PruningLayer]) -> Watched:
+    """Layers by path, and whether they see a decoder's tokens: by anatomy, or by name where that is not known."""
+    try:
+        decoders = {site.output: site.decoder for site in find_sites(model)}
+    except ValueError:
+        decoders = {}
+    two_sides = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return {
+        path: (layer, decoders.get(path, two_sides and "decoder" in layer.module_name.split(".")))
+        for path, layer in _by_path(model, layers).items()
+    }
+
+
+def _check_active(name: str, layers: list[PruningLayer]) -> None:
+    if any(name not in layer.active_adapters for layer in layers):
+        raise ValueError(
+            f"calibrate: adapter {name!r} is not active, and blocks are calibrated behind pruned ones. Call "
+            f"model.set_adapter({name!r}) first."
+        )
+
+
+@contextmanager
+def _bits_taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None]:
+    """Leave nothing half pruned behind, an interrupt included."""
+    before = {layer: layer.get_mask(name) for layer in layers if layer.has_mask(name)}
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            if layer in before:
+                layer.set_bits(name, before[layer])
+            elif name in layer.held("bits"):
+                del layer.held("bits")[name]
+                layer.cached_weight.clear()
+        raise
+
+
+def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:
+    waiting: dict[str, list[PruningLayer]] = {}
+    done: set[str] = set()
+    for layer in pruning_layers(model):
+        for name, host in layer.host.items():
+            if host.recipe.moment is Moment.CALIBRATION:
+                if host.config.finalized:
+                    done.add(name)
+                else:
+                    waiting.setdefault(name, []).append(layer)
+    if adapter_name is None and len(waiting) == 1:
+        adapter_name = next(iter(waiting))
+    if adapter_name not in waiting:
+        raise ValueError(_why_none(adapter_name, list(waiting), sorted(done)))
+    return adapter_name, waiting[adapter_name]
+
+
+def _why_none(asked: Optional[str], waiting: list[str], done: list[str]) -> str:
+    if asked in done:
+        return f"calibrate: adapter {asked!r} is calibrated already. To choose again, add another adapter."
+    if not (waiting or done):
+        return (
+            "calibrate: this model has no adapter of a calibrated method, such as P-pruning. Add one: "
+            "get_peft_model(model, PPruningConfig(keep_ratio=0.5))."
+        )
+    if asked is not None:
+        return f"calibrate: adapter_name={asked!r} is no adapter to calibrate in this model. It has {waiting + done}."
+    if waiting:
+        return f"calibrate: several adapters wait for calibration, {waiting}. Say which one by adapter_name."
+    return f"calibrate: {done} is calibrated already. To choose again, add another adapter."

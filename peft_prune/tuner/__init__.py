@@ -1,0 +1,1 @@
+"""The tuner: targets, refusals, loading, several adapters, and what PEFT needs to know."""
