@@ -43,7 +43,7 @@ def loading_instructions(config: Any) -> str:
 def _what_it_is(config: Any, method: str) -> str:
     name = config.base_model_name_or_path
     base = code(name) if name else "the base model"
-    how = f"({method}, granularity `{config.granularity}`, allocation `{config.allocation}`)"
+    how = f"({method}, granularity `{config.granularity}`, allocation `{getattr(config, 'allocation', 'local')}`)"
     if config.finalized:
         return f"This adapter prunes {base} to a sparsity of {_percent(_final_sparsity(config))} {how}."
     if not config.recipe().trained:

@@ -54,7 +54,7 @@ def written_down(layer, name="default"):
     weight = layer.matrix.detach() * layer.get_mask(name)
     if name not in layer.held("A"):
         return weight
-    rows = layer.updated_rows[name]
+    rows = layer.host[name].rows
     rows = range(weight.shape[0]) if rows is None else rows.tolist()
     update = layer.held("B")[name].detach() @ layer.held("A")[name].detach()
     for place, value in zip(layer.held("support")[name].tolist(), layer.held("sparse")[name].tolist(), strict=True):

@@ -13,9 +13,9 @@ from transformers import BatchEncoding, BertConfig, BertForSequenceClassificatio
 
 import peft_prune
 from peft_prune import PPruningConfig, calibrate, model_size
-from peft_prune.calibration.observers import TokenReservoir, collect_inputs
+from peft_prune.calibration import walk as walking
+from peft_prune.calibration.observers import TokenReservoir, TokenSample
 from peft_prune.layers.layer import pruning_layers
-from peft_prune.structure import activations
 from peft_prune.structure.clustering import column_similarity, head_similarity
 from peft_prune.structure.sites import HEADS, find_sites
 
@@ -116,8 +116,15 @@ def test_pad_tokens_do_not_count_without_an_attention_mask():
     site = find_sites(base)[0]
     module = base.get_submodule(site.output)
     ids = inputs("bert", batch=4)["input_ids"]
-    found = collect_inputs(base, {"o": (module, False)}, [{"input_ids": ids}], 4, 1000)["o"]
+    found = sample_of(base, module, [{"input_ids": ids}], 4, 1000)
     assert len(found) == int((ids != 0).sum()) < ids.numel()
+
+
+def sample_of(base, module, batches, num_samples, num_tokens):
+    """What a sample of tokens holds of the inputs of a module."""
+    sample = TokenSample(num_tokens, seed=0)
+    walking.walk(base, {"o": (module, False)}, batches, sample, num_samples)
+    return sample.result("o")
 
 
 def test_same_seed_same_masks_and_labels_are_not_needed():
@@ -150,7 +157,7 @@ def test_memory_is_bounded_by_the_tokens():
     base = make("bert")
     module = base.get_submodule(find_sites(base)[0].output)
     many = ({"input_ids": torch.randint(3, 120, (8, 16))} for _ in range(50))  # a stream
-    found = collect_inputs(base, {"o": (module, False)}, many, 10_000, 30)
+    found = {"o": sample_of(base, module, many, 10_000, 30)}
     assert found["o"].shape == (30, 32)
     assert not module._forward_pre_hooks
 
@@ -330,12 +337,12 @@ def test_bad_fields_are_told(fields, message):
 def test_progress_counts_to_the_examples_that_there_are(monkeypatch, stream, most, total):
     bars = []
 
-    class Bar(activations.tqdm):
+    class Bar(walking.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append(self)
 
-    monkeypatch.setattr(activations, "tqdm", Bar)
+    monkeypatch.setattr(walking, "tqdm", Bar)
     model = get_peft_model(make("bert"), PPruningConfig(num_samples=most, num_tokens=40))
     calibrate(model, iter(batches()) if stream else batches())  # four batches of four
     assert [bar.total for bar in bars] == [total]

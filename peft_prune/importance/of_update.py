@@ -31,5 +31,5 @@ class OfUpdate(Importance):
         weight = layer.matrix.detach().float()
         if kind == "weight":
             return weight.abs().cpu()
-        change = layer.host[name].recipe.update.delta(layer, name).detach()
+        change = layer.delta(name).detach()
         return (change if kind == "update" else weight + change).abs().cpu()

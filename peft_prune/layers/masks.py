@@ -203,7 +203,8 @@ class AdapterMasks(AdapterTensors):
             return any(key.endswith(f"{self.module_name}.{self.prefix}{kind}.{name}") for key in missing)
 
         for name in self.progress.keys():
-            if lacks("bits", name) and not lacks("progress", name) and self._can_be_ranked(name):
+            absent = lacks("bits", name) and not lacks("progress", name)
+            if self._can_be_ranked(name) and (absent or int(self.get_mask(name).sum()) != self.kept(name)):
                 self.renew(name)
 
     def can_find(self, adapter_name: str, kind: str) -> bool:

@@ -296,7 +296,7 @@ class DSEEModel(PruningModel):
         for layer in pruning_layers(self):
             for name in names:
                 if name in layer.host and layer.config(name).keep_sparse:
-                    change = layer.host[name].recipe.update.delta(layer, name).detach()
+                    change = layer.delta(name).detach()
                     whole += float(change.square().sum())
                     gone += float(change[~layer.get_mask(name)].square().sum())
         return (gone / whole) ** 0.5 if whole else 0.0

@@ -136,7 +136,7 @@ def _least_updated_heads(name: str, heads: int, site: Site, layers: Mapping[str,
     """Heads with the smallest sum of `|ΔW|` over their rows of queries and values."""
     total = torch.zeros(site.units)
     for module in _updated_modules(name, site, layers):
-        change = layers[module].host[name].recipe.update.delta(layers[module], name)
+        change = layers[module].delta(name)
         total += change.detach().abs().sum(1).cpu()[site.rows[module]].sum(1)
     _, order = least_first(total)
     return torch.from_numpy(order[:heads].copy())

@@ -11,6 +11,7 @@ from ..config import PruningConfig
 from ..layers.final import FinalForm
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping, gathered
+from ..recipe import Moment
 from ..selection.topk import check_ranked
 from ..storage.codec import VERSION
 from .own_config import own_config
@@ -75,10 +76,7 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
         config.sparsity = reached
         if layers[0].host[name].recipe.rule.expects_removal and reached < _NEXT_TO_NOTHING:
             warnings.warn(
-                f"Adapter {name!r} is finalized at sparsity {reached:.4f}: its training removed next to nothing. "
-                f"Where scores are compared with a threshold, the penalty pushes them below it: raise "
-                f"penalty={getattr(config, 'penalty', None)!r}, train for more steps, or use a method that is "
-                "told the sparsity.",
+                f"Adapter {name!r} is finalized at sparsity {reached:.4f}, and {_why_so_little(name, layers[0])}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -102,4 +100,19 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
         f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {why}.",
         UserWarning,
         stacklevel=3,
+    )
+
+
+def _why_so_little(name: str, layer: PruningLayer) -> str:
+    """Why next to nothing was removed, and what to do."""
+    step, total = layer.steps(name)
+    if layer.host[name].recipe.moment is Moment.ONCE:
+        return (
+            f"was never pruned: its schedule stands at step {step} of {total}. Train on, or call "
+            "peft_prune.prune_once(model) first."
+        )
+    return (
+        "its training removed next to nothing. Where scores are compared with a threshold, the penalty pushes them "
+        f"below it: raise penalty={layer.config(name).penalty!r}, train for more steps, or use a method that is told "
+        "the sparsity."
     )

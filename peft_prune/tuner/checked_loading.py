@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from ..config_record import DAMAGED, PREFIX
-from ..layers.layer import PruningLayer
+from ..layers.layer import PruningLayer, pruning_layers
 from ..peft_api import AuxiliaryTrainingWrapper
 from ..storage.checksums import check_no_nan, check_tensor
 from ..storage.codec import MaskFormatError
@@ -81,8 +81,11 @@ def _by_transformers(original: Any) -> Any:
         loaded = original(self, *args, **kwargs)
         given = kwargs.get("adapter_state_dict") is not None  # which belongs to no file
         for name, config in getattr(self, "peft_config", {}).items():
-            if name not in before and isinstance(config, PruningConfig) and not given:
-                _check_in_place(self, name, config)
+            if name not in before and isinstance(config, PruningConfig):
+                if not given:
+                    _check_in_place(self, name, config)
+                for layer in pruning_layers(self, name):
+                    layer.after_loading([])
         return loaded
 
     return load_adapter
