@@ -8,8 +8,6 @@ CPU seconds of one thread. Results go to `benchmarks/results/adapter_size.json`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import tempfile
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 import zstandard
 from peft import LoraConfig, PeftModel, get_peft_model
+from scaffold import FOLDER, make_parser, markdown, write
 from transformers import BertConfig, BertModel
 
 from peft_prune import SMPConfig, finalize, update_schedule
@@ -32,7 +31,7 @@ from peft_prune.report.adapter_file import binary_entropy, read_adapter
 from peft_prune.storage.codec import decode_mask, encode_mask, pack_mask
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "adapter_size.json"
+RESULTS = FOLDER / "adapter_size.json"
 BERT_BASE = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12
 
 
@@ -114,18 +113,17 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "encode s",
         "decode s",
     ]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for name, r in rows.items():
         ratios = [f"{r[f] / r['entropy']:.4f}" for f in forms]
         cells = [name, f"{r['weights']:,}", f"{r['density']:.3f}", f"{r['entropy']:,.0f}", *ratios]
         lines.append([*cells, f"{r['encode_s']:.2f}", f"{r['decode_s']:.2f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(heads, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS)
     parser.add_argument("--adapter", nargs="*", default=[], help="folders of trained adapters to measure as well")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = {f"random, density {d}": sizes(random_masks(d)) for d in (0.5, 0.3, 0.1, 0.05, 0.03)}
@@ -136,14 +134,13 @@ def main() -> None:
     many = serving()
     for key, value in many.items():
         print(f"{key:36} {value:,.3f}" if isinstance(value, float) else f"{key:36} {value:,}")
-    args.results.parent.mkdir(exist_ok=True)
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": 1,
     }
-    args.results.write_text(json.dumps({"machine": machine, "sizes": rows, "serving": many}, indent=2) + "\n")
+    write(args.results, {"machine": machine, "sizes": rows, "serving": many})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import torch
 from offline_data import minilm_path
 from peft import LoraConfig, PeftModel, get_peft_model
-from records import append, mean, mean_and_each, metrics_in, read
+from scaffold import FOLDER, append, environment, make_parser, markdown, mean, mean_and_each, metrics_in, read, settings
 from tasks import load_task
 from text_classification import train, train_pruned
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from peft_prune import DSEEConfig, model_size
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "dsee_accuracy.jsonl"
+RESULTS = FOLDER / "dsee_accuracy.jsonl"
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DSEE, 0 %": {"sparsity": 0.0},
@@ -45,15 +45,13 @@ LENGTH = 128  # tokens for which FLOPs are counted
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True)
     parser.add_argument("--task", choices=["movies", "stsb"], default="movies")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200, help="the table has 200 on movies and 240 on STS-B")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--bert-base", action="store_true")
     return parser.parse_args()
 
@@ -92,22 +90,17 @@ def run(args: argparse.Namespace, setting: str) -> dict[str, Any]:
         stored = (Path(folder) / "adapter_model.safetensors").stat().st_size
         merged = PeftModel.from_pretrained(load_task(args.task, tokenizer)[2], folder).merge_and_unload()
     small = model_size(merged, LENGTH)
-    settings = {k: v for k, v in vars(args).items() if k not in ("results", "table", "bert_base", "settings")}
-    return settings | {
+    return settings(args, "bert_base", "settings") | {
         "setting": setting, "scores": scores, "numbers": numbers, "bytes": stored,
         "macs_saved": 1 - small.macs / dense.macs, "parameters": small.parameters,
         "dense_parameters": dense.parameters, "cpu_seconds": time.process_time() - start,
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        **environment(),
     }  # fmt: skip
 
 
 def table(path: Path) -> str:
     """A row for each setting: mean and each seed's scores, and the sizes."""
-    rows = read(path)
-    lines = [
-        "| | movies, accuracy | STS-B, Pearson | STS-B, Spearman | trained | FLOPs saved | adapter |",
-        "|" + "---|" * 7,
-    ]
+    rows, lines = read(path), []
     for setting in SETTINGS:
         found = [row for row in rows if row["setting"] == setting]
         if not found:
@@ -120,8 +113,9 @@ def table(path: Path) -> str:
         share = numbers["adapter"] / found[0]["dense_parameters"]
         saved, stored = mean([row["macs_saved"] for row in found]), mean([row["bytes"] for row in found])
         cells += [f"{numbers['adapter']:,} ({share:.2%})", f"{saved:.0%}", f"{stored / 1e6:.2f} MB"]
-        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([setting, *cells])
+    head = ["", "movies, accuracy", "STS-B, Pearson", "STS-B, Spearman", "trained", "FLOPs saved", "adapter"]
+    return markdown(head, lines)
 
 
 def bert_base() -> str:

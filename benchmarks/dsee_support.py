@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
 from offline_data import minilm_path
+from scaffold import FOLDER, make_parser, write
 from transformers import AutoModel
 
 from peft_prune.updates.decomposition import decompose
 
 
+RESULTS = FOLDER / "dsee_support.json"
 RANK, PLACES = 16, 64
 
 
@@ -41,6 +43,7 @@ def measure(matrices: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
+    args = make_parser(__doc__, RESULTS).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     layers = AutoModel.from_pretrained(minilm_path()).encoder.layer
@@ -49,8 +52,7 @@ def main() -> None:
     decompose(real, RANK, PLACES)  # warm up
     result = {"random": measure(0.04 * torch.randn(24, 768, 768)), "MiniLM": measure(real)}
     print(json.dumps(result, indent=2))
-    target = Path(__file__).resolve().parent / "results" / "dsee_support.json"
-    target.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.results, result)
 
 
 if __name__ == "__main__":

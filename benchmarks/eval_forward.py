@@ -11,17 +11,17 @@ import copy
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
+from scaffold import FOLDER, make_parser, write
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_prune import SMPConfig, cache_masked_weights, finalize, update_schedule
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "eval_forward.json"
+RESULTS = FOLDER / "eval_forward.json"
 LENGTH, PAIRS = 128, {1: 15, 32: 3}
 
 
@@ -33,6 +33,7 @@ def seconds(model: Any, inputs: torch.Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
+    args = make_parser(__doc__, RESULTS).parse_args()
     torch.manual_seed(0)
     dense: Any = BertForSequenceClassification(BertConfig()).eval()
     adapted: Any = get_peft_model(copy.deepcopy(dense), SMPConfig(task_type="SEQ_CLS", sparsity=0.9))
@@ -49,7 +50,7 @@ def main() -> None:
             row = {"batch": batch, "length": LENGTH, "cached": cached, "ratio": statistics.median(ratios)}
             rows.append(row | {"ratios": sorted(ratios), "torch": torch.__version__})
             print(json.dumps(rows[-1]), flush=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    write(args.results, rows, indent=1)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import scaffold
 import torch
 from offline_data import minilm_path
 from peft import get_peft_model
-from records import append, mean, mean_and_each, metrics_in, read
+from scaffold import FOLDER, append, environment, make_parser, markdown, mean, mean_and_each, metrics_in, read
 from tasks import load_task
 from text_classification import evaluate, load_classifier, train, train_pruned
 from transformers import AutoTokenizer, set_seed
@@ -42,7 +43,7 @@ from peft_prune.layers.layer import pruning_layers
 from peft_prune.stages.schedule import sparsity
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "methods_accuracy.jsonl"
+RESULTS = FOLDER / "methods_accuracy.jsonl"
 METHODS = ("magnitude", "l0", "hard", "soft", "smp-l", "smp-s")
 # not among the paper's methods: what they cost is in training_step.py
 CHEAPER: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ SCORE_INIT = {"hard": "magnitude"}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True, plot=True)
     parser.add_argument("--task", choices=["movies", "stsb"], default="movies")
     parser.add_argument("--method", choices=[*METHODS, *CHEAPER, "dense"])
     parser.add_argument("--density", type=float, default=0.1)
@@ -91,9 +92,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--value-dtype", default="float32")
     parser.add_argument("--save", help="folder for the adapter")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_prune_teachers")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
@@ -200,9 +198,7 @@ def run_dense(args: argparse.Namespace) -> dict:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    left_out = ("results", "table", "plot", "cache", "save", "grid", "methods", "densities")
-    kept = {k: v for k, v in vars(args).items() if k not in left_out}
-    return kept | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return scaffold.settings(args, "cache", "save", "grid", "methods", "densities") | environment()
 
 
 def sizes(model: Any) -> dict:
@@ -250,17 +246,20 @@ def table(path: Path) -> str:
     for task, metrics in (("movies", ["accuracy"]), ("stsb", ["pearson", "spearman"])):
         for metric, teacher in [(metric, teacher) for metric in metrics for teacher in (False, True)]:
             lines += [f"\n{task}, {metric}, {'' if teacher else 'not '}distilled\n"]
-            lines += ["| kept | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+            shown = []
             for density in sorted(DENSITIES[task], reverse=True):
                 cells = []
                 for method in METHODS:
                     rows = groups.get((task, method, teacher, density), [])
                     reached = f" at {mean([r['density'] for r in rows]):.1%}" if rows and method in PENALISED else ""
                     cells.append(mean_and_each(rows, metric) + reached)
-                lines.append(f"| {density:.0%} | " + " | ".join(cells) + " |")
-    lines += ["\nmovies, accuracy at 10 %, not distilled\n", "| method | accuracy |", "|---|---|"]
-    for method in ("smp-s", *CHEAPER):
-        lines.append(f"| {method} | {mean_and_each(groups.get(('movies', method, False, 0.1), []), 'accuracy')} |")
+                shown.append([f"{density:.0%}", *cells])
+            lines.append(markdown(["kept", *METHODS], shown))
+    cheaper = [
+        [method, mean_and_each(groups.get(("movies", method, False, 0.1), []), "accuracy")]
+        for method in ("smp-s", *CHEAPER)
+    ]
+    lines += ["\nmovies, accuracy at 10 %, not distilled\n", markdown(["method", "accuracy"], cheaper)]
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ smaller model for `--steps` steps of 4 × 256 tokens of WikiText-2's training te
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -26,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import torch
 from offline_data import smollm2_path, wikitext_2
 from peft import LoraConfig, get_peft_model
+from scaffold import FOLDER, make_parser, markdown, read, settings, show_or_run
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
 from peft_prune import PPruningConfig, calibrate, model_size
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "ppruning_perplexity.jsonl"
+RESULTS = FOLDER / "ppruning_perplexity.jsonl"
 LENGTH = 512
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
     train = tokenizer(wikitext_2("train")[:2_000_000], return_tensors="pt")["input_ids"][0]
     test = tokenizer(wikitext_2("test")[:200_000], return_tensors="pt")["input_ids"][0]
     test = test[: args.windows * LENGTH].view(-1, LENGTH)
-    result = {k: v for k, v in vars(args).items() if k not in ("results", "table")}
+    result = settings(args)
     if args.criterion == "dense":
         return result | {"pruned": perplexity(model, test), "parameters": model_size(model).parameters}
     config = PPruningConfig(
@@ -96,30 +96,21 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def table(path: Path) -> str:
-    rows = {(r["criterion"], r["keep"]): r for r in map(json.loads, path.read_text().splitlines())}
-    lines = [f"dense: {rows['dense', 1.0]['pruned']:.1f}\n"]
-    lines += ["| FLOPs kept | criterion | after pruning | after LoRA recovery |", "|---|---|---|---|"]
+    rows = {(r["criterion"], r["keep"]): r for r in read(path)}
+    lines = []
     for (criterion, keep), row in sorted(rows.items(), key=lambda item: (-item[0][1], item[1].get("recovered", 0))):
         if criterion != "dense":
-            lines.append(f"| {keep:.0%} | {criterion} | {row['pruned']:,.1f} | {row['recovered']:.1f} |")
-    return "\n".join(lines)
+            lines.append([f"{keep:.0%}", criterion, f"{row['pruned']:,.1f}", f"{row['recovered']:.1f}"])
+    compared = markdown(["FLOPs kept", "criterion", "after pruning", "after LoRA recovery"], lines)
+    return f"dense: {rows['dense', 1.0]['pruned']:.1f}\n\n{compared}"
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True)
     parser.add_argument("--criterion", choices=["dense", "similarity", "magnitude", "random"])
     parser.add_argument("--keep", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(arguments.results))
-    else:
-        outcome = run(arguments)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(outcome) + "\n")
-        print(json.dumps(outcome))
+    show_or_run(parser.parse_args(), table, run)

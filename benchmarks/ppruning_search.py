@@ -10,12 +10,11 @@ number of pairs. Both use one thread, and CPU time is what counts.
 from __future__ import annotations
 
 import json
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from scaffold import FOLDER, machine, make_parser, write
 from scipy.cluster.hierarchy import linkage
 
 from peft_prune.structure.clustering import column_similarity, head_similarity, removal_order
@@ -24,7 +23,7 @@ from peft_prune.structure.clustering import column_similarity, head_similarity, 
 TOKENS, HEADS, WIDTH, NEURONS, LAYERS = 200, 12, 64, 3072, 12
 PART = 384  # neurons of the loop
 REFERENCE_SECONDS = 66.0  # of the paper's code, one layer, measured on a machine of the same class
-RESULTS = Path(__file__).resolve().parent / "results" / "ppruning_search.json"
+RESULTS = FOLDER / "ppruning_search.json"
 
 
 def activations(columns: int, seed: int) -> torch.Tensor:
@@ -75,6 +74,7 @@ def timed(function, *args) -> float:
 
 
 def main() -> None:
+    args = make_parser(__doc__, RESULTS).parse_args()
     torch.set_num_threads(1)
     layers = [(activations(HEADS * WIDTH, i), activations(NEURONS, 100 + i)) for i in range(LAYERS)]
     search(*layers[0], "greedy")  # warm up
@@ -98,10 +98,10 @@ def main() -> None:
         "loop_over_ours": {m: loop * LAYERS / s for m, s in ours.items()},
         "reference_over_ours": {m: REFERENCE_SECONDS * LAYERS / s for m, s in ours.items()},
         "largest_difference": {"neurons": float(neuron_difference), "heads": float(head_difference)},
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__, "machine": machine(),
     }  # fmt: skip
     print(json.dumps(result, indent=2))
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.results, result)
 
 
 if __name__ == "__main__":

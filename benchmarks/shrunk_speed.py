@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import tempfile
 import time
 import warnings
@@ -30,6 +28,7 @@ import onnxruntime
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from peft import get_peft_model
+from scaffold import FOLDER, cpu_name, machine, make_parser, markdown, write
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -37,7 +36,7 @@ from peft_prune import PPruningConfig, calibrate, model_size
 from peft_prune.report.export import export_onnx
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "shrunk_speed.json"
+RESULTS = FOLDER / "shrunk_speed.json"
 LENGTH = 128
 ENGINES = ("eager fp32", "eager int8", "compiled fp32", "onnxruntime fp32", "onnxruntime int8")
 
@@ -117,33 +116,36 @@ def run(args: argparse.Namespace) -> dict:
         gc.collect()
     return {
         "keep": keeps, "macs": macs, "seconds": times, "length": LENGTH, "threads": 1, "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__, "machine": platform.processor() or platform.machine(),
-        "cpu": next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), ""),
+        "onnxruntime": onnxruntime.__version__, "machine": machine(), "cpu": cpu_name(),
     }  # fmt: skip
 
 
 def table(result: dict) -> str:
     keeps = result["keep"]
-    head = " | ".join(f"{keep:.0%}" for keep in keeps[1:])
-    lines = [f"| engine | batch | {head} | dense, over eager fp32 | 30 %, over eager fp32 |"]
-    lines.append("|---|---|" + "---|" * (len(keeps) + 1))
+    head = [
+        "engine",
+        "batch",
+        *(f"{keep:.0%}" for keep in keeps[1:]),
+        "dense, over eager fp32",
+        "30 %, over eager fp32",
+    ]
+    lines = []
     base = result["seconds"].get("eager fp32") or next(iter(result["seconds"].values()))
     for engine, batches in result["seconds"].items():
         for batch, seconds in batches.items():
-            ratios = " | ".join(f"{seconds[0] / s:.2f}" for s in seconds[1:])
+            ratios = [f"{seconds[0] / s:.2f}" for s in seconds[1:]]
             eager = base[batch][0]
-            lines.append(f"| {engine} | {batch} | {ratios} | {eager / seconds[0]:.2f} | {eager / seconds[3]:.2f} |")
-    return "\n".join(lines)
+            lines.append([engine, str(batch), *ratios, f"{eager / seconds[0]:.2f}", f"{eager / seconds[3]:.2f}"])
+    return markdown(head, lines)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS)
     parser.add_argument("--engines", nargs="*", default=list(ENGINES))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     outcome = run(arguments)
-    arguments.results.write_text(json.dumps(outcome) + "\n")
+    write(arguments.results, outcome, indent=None)
     print(table(outcome))

@@ -22,20 +22,20 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import torch
 from offline_data import minilm_path, movie_sentences
 from peft import get_peft_model
+from scaffold import FOLDER, environment, make_parser, markdown, mean_and_each, read, settings, show_or_run
 from text_classification import load_classifier, tokenize, train, train_pruned
 from transformers import AutoTokenizer, set_seed
 
 from peft_prune import SMPConfig
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "smp_accuracy.jsonl"
+RESULTS = FOLDER / "smp_accuracy.jsonl"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True)
     parser.add_argument("--run", choices=["dense", "frozen", "smp-l", "smp-s", "smp-g"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -50,8 +50,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--eval-every", type=int, default=113)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_prune_teachers")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
     return parser.parse_args()
 
 
@@ -111,38 +109,26 @@ def run(args: argparse.Namespace) -> dict:
             )  # fmt: skip
             model.save_pretrained(args.cache / f"{args.run}-{args.sparsity}-{args.seed}")
         curve = accuracy_curve(trainer)
-    settings = {k: v for k, v in vars(args).items() if k not in ("cache", "results", "table", "eval_every")}
     majority = 100 * max(sum(eval_set["labels"]), len(eval_set) - sum(eval_set["labels"])) / len(eval_set)
-    return settings | {
+    return settings(args, "cache", "eval_every") | {
         "accuracy": curve[-1][1], "curve": curve, "majority": majority, "cpu_seconds": time.process_time() - start,
-        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        **environment(),
     }  # fmt: skip
 
 
 def table(path: Path) -> str:
     """Mean and range over seeds of each configuration, as Markdown."""
     groups: dict[tuple, list[dict]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read(path):
         pruned = row["run"].startswith("smp")
         key = (row["run"], row["sparsity"] if pruned else 0.0, row["steps"], bool(pruned and row["teacher"]))
         groups.setdefault(key, []).append(row)
-    lines = ["| run | sparsity | steps | distilled | accuracy, mean (each seed) |", "|---|---|---|---|---|"]
+    lines = []
     for (name, sparsity, steps, distilled), rows in sorted(groups.items()):
-        scores = [row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])]
-        each = ", ".join(f"{score:.1f}" for score in scores)
-        mean = sum(scores) / len(scores)
-        lines.append(f"| {name} | {sparsity:.0%} | {steps} | {'yes' if distilled else 'no'} | {mean:.1f} ({each}) |")
-    return "\n".join(lines)
+        cells = [name, f"{sparsity:.0%}", str(steps), "yes" if distilled else "no", mean_and_each(rows, "accuracy")]
+        lines.append(cells)
+    return markdown(["run", "sparsity", "steps", "distilled", "accuracy, mean (each seed)"], lines)
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    if arguments.table:
-        print(table(arguments.results))
-    else:
-        result = run(arguments)
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
-        print(json.dumps(result))
+    show_or_run(parse(), table, run)

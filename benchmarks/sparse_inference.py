@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scaffold import FOLDER, cpu_name, make_parser, markdown, write
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers import __version__ as transformers_version
@@ -32,7 +33,7 @@ from peft_prune.inference import SparseLinear
 from peft_prune.inference.csr import CSRKernel
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sparse_inference.json"
+RESULTS = FOLDER / "sparse_inference.json"
 LENGTH = 128
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97, 0.99)
 
@@ -93,16 +94,15 @@ def table(result: dict[str, Any]) -> str:
         "forms of the 73 layers",
         "all CSR",
     )
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|---|---|---|---|"]
+    lines = []
     order = ("threads", "batch", "sparsity")
     for row in sorted(result["rows"], key=lambda row: (-row["length"], *(row[key] for key in order))):
         ratios, speed = row["ratios"]["chosen"], row["speed_up"]
         forms = ", ".join(f"{n} {form}" for form, n in sorted(row["forms"].items()))
-        lines.append(
-            f"| {row['sparsity']:.0%} | {row['batch']} × {row['length']} | {row['threads']} | {speed['chosen']:.2f} | "
-            f"{min(ratios):.2f}, {max(ratios):.2f} | {forms} | {speed['all csr']:.2f} |"
-        )
-    return "\n".join(lines)
+        cells = [f"{row['sparsity']:.0%}", f"{row['batch']} × {row['length']}", str(row["threads"])]
+        cells += [f"{speed['chosen']:.2f}", f"{min(ratios):.2f}, {max(ratios):.2f}", forms, f"{speed['all csr']:.2f}"]
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -132,10 +132,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 @torch.no_grad()
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
     result: dict[str, Any] = {
         "dtype": "float32", "torch": torch.__version__, "transformers": transformers_version,
-        "cpu": cpu, "capability": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine(), "rows": [],
+        "cpu": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine(),
+        "rows": [],
     }  # fmt: skip
     if args.add:
         result["rows"] = json.loads(args.results.read_text())["rows"]
@@ -143,21 +143,18 @@ def run(args: argparse.Namespace) -> None:
         for sparsity in args.sparsities:
             row = measure(sparsity, batch, args.length, pairs)
             result["rows"].append(row)
-            args.results.write_text(json.dumps(result, indent=1) + "\n")
+            write(args.results, result, indent=1)
             print({k: v for k, v in row.items() if k != "ratios"}, flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True, plot=True)
     parser.add_argument("--sparsities", nargs="*", type=float, default=list(SPARSITIES))
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--pairs", nargs="*", type=int, default=[9, 3], help="one number a batch size")
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--add", action="store_true", help="keep the rows that the results have")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table of the results")
-    parser.add_argument("--plot", type=Path, help="only draw the results into this file")
     arguments = parser.parse_args()
     if not (arguments.table or arguments.plot):
         run(arguments)

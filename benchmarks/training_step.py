@@ -25,12 +25,13 @@ from typing import Any, Optional
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from scaffold import FOLDER, make_parser, markdown, write
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_prune import MovementPruningConfig, SMPConfig, compile_selection, create_pruning_optimizer, update_schedule
 
 
-RESULTS = Path(__file__).resolve().parent / "results" / "training_step.json"
+RESULTS = FOLDER / "training_step.json"
 # each with what it is compared with
 METHODS: dict[str, tuple[str, Optional[Callable[[], Any]]]] = {
     "SMP-S, penalty": ("fine-tuning", lambda: SMPConfig(allocation="score", **COMMON)),
@@ -50,7 +51,7 @@ STEPS = 1000  # of the schedule; measured from its middle on, where scores diffe
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, RESULTS, table=True, plot=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of autocast")
     parser.add_argument("--batch", type=int, default=16)
@@ -59,9 +60,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--compile", action="store_true", help="torch.compile both models")
     parser.add_argument("--memory", help="measure the peak of one method, in this process")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="only print the table of the results")
-    parser.add_argument("--plot", type=Path, help="only draw the results into this file")
     return parser.parse_args()
 
 
@@ -173,25 +171,20 @@ def main(args: argparse.Namespace) -> None:
         row = conditions | compare(method, args)
         rows = [old for old in rows if any(old.get(k, "") != row[k] for k in (*conditions, "method"))] + [row]
         print(json.dumps(row), flush=True)
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.write_text(json.dumps(rows, indent=1) + "\n")  # now: a run may be cut short
+        write(args.results, rows, indent=1)  # now: a run may be cut short
 
 
 def table(path: Path) -> str:
-    lines = [
-        "| method ÷ against | device | batch | time | peak memory | trained numbers |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in json.loads(path.read_text()):
         time_ratio = f"{row['ratio']:.2f} ({row['seconds']:.2f} s ÷ {row['seconds_of_other']:.2f} s)"
         memory = f"{row['memory_mb'] / row['memory_mb_of_other']:.2f} ({row['memory_mb']:,.0f} MB)"
         compiled = ", compiled" if row["compiled"] else ""
         what = f"{row['method']} ÷ {row['against']}{compiled}"
-        lines.append(
-            f"| {what} | {row['device']}, {row['dtype']} | {row['batch']} × {row['length']} | {time_ratio} | {memory} "
-            f"| {row['trained'] / row['trained_by_other']:.2f} ({row['trained']:,}) |"
-        )
-    return "\n".join(lines)
+        trained = f"{row['trained'] / row['trained_by_other']:.2f} ({row['trained']:,})"
+        sizes = f"{row['batch']} × {row['length']}"
+        lines.append([what, f"{row['device']}, {row['dtype']}", sizes, time_ratio, memory, trained])
+    return markdown(["method ÷ against", "device", "batch", "time", "peak memory", "trained numbers"], lines)
 
 
 def plot(path: Path, target: Path) -> None:
