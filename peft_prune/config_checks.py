@@ -64,6 +64,8 @@ def check_names(config: Any) -> None:
         names = [value] if isinstance(value, str) and name == "layers_pattern" else value
         if names is not None and not (is_names(names) and all(re.fullmatch(r"[\w.\-/]*", n) for n in names)):
             raise ValueError(f"{name}={value!r:.200} must be a list of names of modules, without special characters.")
+    if not isinstance(config.granularity, str):
+        raise ValueError(f"granularity={config.granularity!r:.200} must be a string such as 'weight' or '2:4'.")
     layers = config.layers_to_transform
     numbers = [layers] if isinstance(layers, int) else layers
     if numbers is not None and not (

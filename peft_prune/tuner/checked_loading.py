@@ -58,6 +58,9 @@ def _by_peft(original: Any) -> Any:
             if not isinstance(self.peft_config.get(adapter_name), PruningConfig):
                 raise
             raise MaskFormatError(f"The adapter file holds no {error}. {DAMAGED}") from error
+        finally:
+            if isinstance(config, PruningConfig):
+                config.checksums = None  # of this file, and not of the next one
 
     return load_adapter
 
