@@ -6,14 +6,14 @@ import zlib
 
 import pytest
 import torch
-from conftest import logits, make_bert, make_masked_lm
-from methods import adapter
+from helpers.files import compact, edit
+from helpers.methods import adapter
+from helpers.models import logits, make_bert, make_masked_lm
 from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_shrink import zero_some
 
-from peft_prune import MaskFormatError, SMPConfig, load_compact, save_compact, shrink
+from peft_prune import MaskFormatError, SMPConfig, load_compact
 from peft_prune.cli import main
 from peft_prune.structure.seal import SEAL
 
@@ -26,13 +26,6 @@ def saved(folder, method, final=True, **fields):
     model = adapter(make_bert(), method, final, task_type="SEQ_CLS", **fields)
     model.save_pretrained(folder)
     return model
-
-
-def edit(folder, change, name=CONFIG):
-    path = folder / name
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config))
 
 
 def edit_tensors(folder, change, name=FILE):
@@ -250,13 +243,6 @@ def test_the_record_is_the_crc_of_the_bytes(tmp_path):
 
 
 # ------------------------------------------------------------------ compact models
-
-
-def compact(folder, **kwargs):
-    model = make_bert()
-    zero_some(model)
-    save_compact(shrink(model), folder, **kwargs)
-    return model
 
 
 @pytest.mark.parametrize("shard", [None, "20KB"])

@@ -5,14 +5,14 @@ import sys
 import tracemalloc
 
 import pytest
-from conftest import make_bert, make_masked_lm
-from methods import adapter
+from helpers.files import compact, edit
+from helpers.methods import adapter
+from helpers.models import make_bert, make_masked_lm
 from peft import PeftModel
-from test_checked_tensors import compact, edit
 
 from peft_prune import DSEEConfig, SMPConfig, load_compact
 from peft_prune.cli import main
-from peft_prune.tuners.matching import matches
+from peft_prune.matching import matches
 
 
 HOSTILE = "(([a-z._0-9])+)+[!]"
@@ -187,7 +187,8 @@ def test_item_21_peft_type(tmp_path, name):
         {"target_modules": [1]}, {"target_modules": 5}, {"target_modules": "("}, {"exclude_modules": {"a": 1}},
         {"modules_to_save": 5}, {"modules_to_save": "classifier"}, {"layers_to_transform": ["a"]},
         {"layers_to_transform": {}}, {"mask_format": [3]}, {"mask_format": "3"}, {"check_tensors": "no"},
-        {"granularity": []}, {"sparsity_pattern": {"(": 0.5}}, {"checksums": 5}, {"checksums": {"config": 1, "tensors": {"a": 1}}},
+        {"granularity": []}, {"sparsity_pattern": {"(": 0.5}}, {"checksums": 5},
+        {"checksums": {"config": 1, "fields": ["r"], "tensors": {"a": 1}}}, {"checksums": {"config": 1, "tensors": {}}},
     ],
 )  # fmt: skip
 def test_item_21_types_of_fields(change):
