@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -37,6 +38,7 @@ __all__ = [
     "BaseTunerLayer",
     "BufferDict",
     "ModulesToSaveWrapper",
+    "PeftConfigMixin",
     "PeftType",
     "check_adapters_to_merge",
     "extend_peft_type",
@@ -47,6 +49,7 @@ __all__ = [
 # each with what it would take to do without
 METHODS_WE_REPLACE: dict[tuple[type, str], str] = {
     (PeftModel, "_upload_modified_files"): "push_to_hub writes its own model card over ours, without a hook",
+    (PeftConfigMixin, "from_json_file"): "an unknown peft_type is a bare KeyError, before a class of ours is reached",
     (PeftModel, "load_adapter"): "under a name that exists, no config is read, so no checksum is known",
     (PreTrainedModel, "load_adapter"): "calls no hook of the tuner after it has read the file",
     (PreTrainedModel, "save_pretrained"): "has no hook that could record checksums of a compact model",
@@ -66,12 +69,13 @@ def replace_method(owner: type, name: str, make: Callable[[Any], Callable[..., A
     """
     if (owner, name) not in METHODS_WE_REPLACE:
         raise KeyError(f"{owner.__name__}.{name} is not listed in METHODS_WE_REPLACE.")
-    original = getattr(owner, name)
+    held = vars(owner).get(name, getattr(owner, name))
+    original = held.__func__ if isinstance(held, classmethod) else held
     if getattr(original, "replaced_by_peft_prune", False):
         return
     replacement: Any = functools.wraps(original)(make(original))
     replacement.replaced_by_peft_prune = True
-    setattr(owner, name, replacement)
+    setattr(owner, name, classmethod(replacement) if isinstance(held, classmethod) else replacement)
 
 
 def extend_peft_type(name: str) -> None:

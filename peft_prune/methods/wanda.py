@@ -24,14 +24,6 @@ class WandaConfig(CalibratedConfig):
     Args:
         sparsity (`float`, *optional*): share of the weights of each row that is removed; 0.5 by default.
         granularity (`str`): `"weight"`, or an n:m pattern such as `"2:4"`, whose groups compete instead of rows.
-
-    Example:
-
-        ```py
-        >>> from peft_prune import WandaConfig
-
-        >>> config = WandaConfig(task_type="CAUSAL_LM", sparsity=0.5)
-        ```
     """
 
     granularity: str = field(default="weight", metadata={"help": "'weight', or n:m such as '2:4'."})

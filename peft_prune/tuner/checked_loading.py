@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.config import PeftConfigMixin
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 from ..config import PruningConfig
 from ..config_record import DAMAGED, PREFIX
 from ..layers.layer import PruningLayer, pruning_layers
-from ..peft_api import AuxiliaryTrainingWrapper
+from ..peft_api import PEFT_TYPE_TO_CONFIG_MAPPING, AuxiliaryTrainingWrapper, PeftConfigMixin, replace_method
 from ..storage.checksums import check_no_nan, check_tensor
 from ..storage.codec import MaskFormatError
 
 
 def check_when_loaded() -> None:
     """Have both ways of loading check a pruning adapter; others are not touched."""
-    if getattr(PeftModel.load_adapter, "checks_pruning", False):
-        return
-    PeftConfigMixin.from_json_file = classmethod(_read(PeftConfigMixin.from_json_file.__func__))  # type: ignore
-    PeftModel.load_adapter = _by_peft(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PreTrainedModel.load_adapter = _by_transformers(PreTrainedModel.load_adapter)  # type: ignore[method-assign]
+    replace_method(PeftConfigMixin, "from_json_file", _read)
+    replace_method(PeftModel, "load_adapter", _by_peft)
+    replace_method(PreTrainedModel, "load_adapter", _by_transformers)
 
 
 def _read(original: Any) -> Any:
