@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Optional
+from typing import Any, Optional
 
 import torch
-
-
-if TYPE_CHECKING:
-    from .layer import PruningLayer
 
 
 class SampleNames(list):
@@ -85,7 +81,7 @@ def _not_certain(x: torch.Tensor) -> ValueError:
     )
 
 
-def forward_by_sample(layer: PruningLayer, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+def forward_by_sample(layer: Any, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
     """Apply a layer to a batch whose sample i goes through adapter `adapter_names[i]`.
 
     Raises:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Optional, cast
+from typing import Any, Optional, cast
 
 import torch
 
 from ..peft_api import check_adapters_to_merge
 
 
-if TYPE_CHECKING:
-    from .layer import PruningLayer
-
-
 @torch.no_grad()
-def merge(layer: PruningLayer, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
+def merge(layer: Any, safe_merge: bool, adapter_names: Optional[list[str]]) -> None:
     """Put the effective weight into the base layer; what was there is kept for a bit-exact [`unmerge`]."""
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer._get_available_adapters()]
     _check_together(layer, [*layer.merged_adapters, *names])
@@ -36,7 +32,7 @@ def merge(layer: PruningLayer, safe_merge: bool, adapter_names: Optional[list[st
         layer.merged_adapters.append(name)
 
 
-def _check_together(layer: PruningLayer, names: list[str]) -> None:
+def _check_together(layer: Any, names: list[str]) -> None:
     if len(names) > 1 and any(layer.changes_weights(name) for name in names):
         raise ValueError(
             f"The adapters {names} cannot be merged together, because some of them have weights of their own. Merge "
@@ -44,7 +40,7 @@ def _check_together(layer: PruningLayer, names: list[str]) -> None:
         )
 
 
-def _check_finite(layer: PruningLayer, name: str, *tensors: torch.Tensor) -> None:
+def _check_finite(layer: Any, name: str, *tensors: torch.Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {name} seems to be broken, or the base model is: "
@@ -52,7 +48,7 @@ def _check_finite(layer: PruningLayer, name: str, *tensors: torch.Tensor) -> Non
         )
 
 
-def unmerge(layer: PruningLayer) -> None:
+def unmerge(layer: Any) -> None:
     """Put back what was there, last in first out."""
     if not layer.merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
