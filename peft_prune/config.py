@@ -120,11 +120,11 @@ class PruningConfig(PeftConfig):
 
     def __post_init__(self, density: Optional[float] = None):
         super().__post_init__()
+        check_names(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        check_names(self)
         check_targets(self)
         self._resolve_sparsity(density)
         check_flag("init_weights", self.init_weights)

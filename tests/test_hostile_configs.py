@@ -187,8 +187,9 @@ def test_item_21_peft_type(tmp_path, name):
         {"target_modules": [1]}, {"target_modules": 5}, {"target_modules": "("}, {"exclude_modules": {"a": 1}},
         {"modules_to_save": 5}, {"modules_to_save": "classifier"}, {"layers_to_transform": ["a"]},
         {"layers_to_transform": {}}, {"mask_format": [3]}, {"mask_format": "3"}, {"check_tensors": "no"},
-        {"granularity": []}, {"sparsity_pattern": {"(": 0.5}}, {"checksums": 5},
-        {"checksums": {"config": 1, "fields": ["r"], "tensors": {"a": 1}}}, {"checksums": {"config": 1, "tensors": {}}},
+        {"granularity": []}, {"target_modules": [[]]}, {"exclude_modules": [{}]}, {"sparsity_pattern": {"(": 0.5}},
+        {"checksums": 5}, {"checksums": {"config": 1, "tensors": {}}},
+        {"checksums": {"config": 1, "fields": ["r"], "tensors": {"a": 1}}},
     ],
 )  # fmt: skip
 def test_item_21_types_of_fields(change):
