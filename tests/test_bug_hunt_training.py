@@ -119,7 +119,7 @@ def test_13_sft_trainer_with_the_learning_rate_of_the_scores(method, tmp_path):
         rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
         assert (0.07 in rates) == (method != "dsee")  # DSEE has no scores
         trainer.train()
-    assert all(layer.pruning_config["default"].finalized for layer in pruning_layers(trainer.model))
+    assert all(layer.config("default").finalized for layer in pruning_layers(trainer.model))
 
 
 def test_26_weight_decay_of_scores_is_told(tmp_path):

@@ -49,9 +49,10 @@ def test_values_follow_the_model_to_another_device():
     update_schedule(model, 1, total_steps=1)
     finalize(model)
     (layer,) = pruning_layers(model)
-    layer._kept_values("default")
-    layer._values["default"] = layer._values["default"].to("meta")  # as if the model had come from there
-    assert layer._kept_values("default").device.type == "cpu"
+    host = layer.host["default"]
+    before = layer.adapted("default", layer.matrix)
+    host.values = host.values.to("meta")  # as if the model had come from there
+    assert torch.equal(layer.adapted("default", layer.matrix), before) and host.values.device.type == "cpu"
 
 
 def test_unmerging_follows_the_model_to_another_dtype_and_device():

@@ -18,6 +18,9 @@ from peft_prune.layers.linear import PrunedLinear, PrunedLinearConv1D
 from peft_prune.stages.schedule import sparsity
 
 
+WORDS = {"task": "SEQ_CLS", "words": ["bad", "good"], "token_ids": [1, 2], "mask_token_id": 3}
+
+
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("granularity", ["weight", "2:4"])
 @pytest.mark.parametrize("penalty", [0.0, 50.0])
@@ -128,8 +131,8 @@ def test_unloading_with_a_composite_module_to_save(batch):
 
 
 def test_safe_merge_tells_of_a_broken_base(bert):
-    bert.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
     model = prune(bert)
+    bert.bert.encoder.layer[0].output.dense.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected.*adapter default.*not finite.*layer.0.output.dense"):
         model.merge_adapter(safe_merge=True)
     model = prune(make_bert())
@@ -261,7 +264,7 @@ BAD_MODELS = [
     ({"target_modules": ["conv"]}, "'conv' of type ConvTranspose2d cannot be pruned"),
     ({"target_modules": ["special"]}, "'special' of type Special cannot be pruned"),
     ({}, "target_modules was not given"),
-    ({"verbalizer": {"task": "SEQ_CLS"}, "target_modules": ["odd"]}, "verbalizer: Net has no masked-LM head"),
+    ({"verbalizer": WORDS, "target_modules": ["odd"]}, "verbalizer: Net has no masked-LM head"),
 ]
 
 

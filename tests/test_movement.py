@@ -134,12 +134,17 @@ def hard_concrete(scores, u=None):
     return torch.clamp(s * 1.2 - 0.1, 0, 1)
 
 
+def noise_of(layer):
+    """The noise of the gates at the present step."""
+    return layer.host["default"].recipe.importance.noise(layer, "default")
+
+
 def test_l0_gates_noise_and_penalty():
     model, layer, weight = one_layer(variant="l0", seed=3)
     update_schedule(model, 4, 10)
-    u = layer._noise("default")
+    u = noise_of(layer)
     assert u.shape == (24, 32) and 0 < u.min() and u.max() < 1 and 0.4 < u.mean() < 0.6
-    assert torch.equal(u, layer._noise("default")), "one draw a step"
+    assert torch.equal(u, noise_of(layer)), "one draw a step"
     loss = F.mse_loss(model(X), TARGET)
     loss.backward()
 
@@ -153,7 +158,7 @@ def test_l0_gates_noise_and_penalty():
     torch.testing.assert_close(layer.update["default"].grad, update.grad)
 
     update_schedule(model, 5, 10)
-    assert not torch.equal(layer._noise("default"), u)
+    assert not torch.equal(noise_of(layer), u)
     model.eval()
     with torch.no_grad():
         gates = hard_concrete(scores.detach())
@@ -169,7 +174,7 @@ def test_noise_is_that_of_the_seed_and_the_layer():
     for seed in (0, 0, 1):
         model = get_peft_model(make_bert(), MovementPruningConfig(variant="l0", seed=seed)).train()
         update_schedule(model, 0, 10)
-        noise.append([layer._noise("default") for layer in pruning_layers(model)])
+        noise.append([noise_of(layer) for layer in pruning_layers(model)])
     assert all(torch.equal(a, b) for a, b in zip(noise[0], noise[1], strict=True))
     assert not torch.equal(noise[0][0], noise[2][0]) and not torch.equal(noise[0][0], noise[0][1])
 
@@ -364,7 +369,7 @@ def test_presets_are_the_papers():
         config = MovementPruningConfig(variant=variant)
         assert (config.score, config.mask, config.penalty, config.score_init, config.score_lr) == fields
     assert MovementPruningConfig(variant="soft", penalty=10.0).penalty == 10.0
-    assert MovementPruningConfig(score="magnitude").learns_scores is False
+    assert not MovementPruningConfig(score="magnitude").recipe().importance.tensors
     assert MovementPruningConfig(variant="soft", from_existing_zeros=True).penalty == 0.0
 
 

@@ -206,7 +206,7 @@ def test_readme_of_a_checkpoint_says_that_it_is_one(tmp_path):
 
 def test_readme_of_a_checkpoint_that_finds_its_sparsity_names_no_target(tmp_path):
     config = MovementPruningConfig(variant="soft")
-    assert config.finds_sparsity
+    assert config.recipe().rule.finds_sparsity
     get_peft_model(make_bert(), config).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "training checkpoint" in card and "comes out of training" in card and "target is" not in card

@@ -73,7 +73,7 @@ def test_convolutions_and_embeddings(method, kind, tmp_path):
     expected = torch.func.functional_call(reference, {"weight": weight}, (x,))
     target = torch.randn_like(expected)
     F.mse_loss(expected, target).backward()
-    config_ = pruned.pruning_config["default"]
+    config_ = pruned.config("default")
     pruned.penalty_armed.clear()
     F.mse_loss(model(x), target).backward()
     torch.testing.assert_close(model(x), expected)

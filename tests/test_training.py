@@ -500,4 +500,4 @@ def test_a_second_callback_does_no_harm(tmp_path):
     model = smp_bert()
     args = arguments(tmp_path, max_steps=2)
     Trainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), PruningCallback()]).train()
-    assert all(layer.pruning_config["default"].finalized for layer in pruning_layers(model))
+    assert all(layer.config("default").finalized for layer in pruning_layers(model))

@@ -64,7 +64,7 @@ class HardConcrete(Learned):
         if penalty is not None:
             scores = Penalized.apply(scores, penalty, self.penalty_offset)
         assert scores is not None
-        gates = hard_concrete(scores, self._noise(layer, name))
+        gates = hard_concrete(scores, self.noise(layer, name))
         return matrix * spread(gates, layer.block(name)).to(matrix.dtype)
 
     def settled(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class HardConcrete(Learned):
         gates = hard_concrete(layer.held("scores")[name])
         return matrix * spread(gates, layer.block(name)).to(matrix.dtype)
 
-    def _noise(self, layer: Any, name: str) -> Optional[torch.Tensor]:
+    def noise(self, layer: Any, name: str) -> Optional[torch.Tensor]:
         """Noise of the gates, in training only; the same on all ranks, another for each layer and step."""
         if not layer.training:  # without gradients, too: reentrant checkpointing begins so
             return None

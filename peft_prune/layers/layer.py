@@ -49,6 +49,10 @@ class PruningLayer(NotReplicated, FinalMasks):
         """Whether an adapter has weights of its own, and not only a mask."""
         return self.host[adapter_name].recipe.update.changes_weights(self, adapter_name)
 
+    def ranking(self, adapter_name: str) -> torch.Tensor:
+        """What decides which units stay, the largest first: float, shape (out / rows, in / columns)."""
+        return self.host[adapter_name].recipe.importance.rank(self, adapter_name)
+
     def delta(self, adapter_name: str) -> torch.Tensor:
         """The whole update of an adapter: float32, shape (out, in); 0 without one."""
         return self.host[adapter_name].recipe.update.delta(self, adapter_name)

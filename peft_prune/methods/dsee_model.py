@@ -90,9 +90,10 @@ class DSEEModel(PruningModel):
         for name, layer in self._find_targets(config, model).items():
             if not config.updates(name):
                 continue
-            if config.r > max(layer.shape):
+            if config.r > 16 * max(layer.shape):
                 raise ValueError(
-                    f"r={config.r!r} is above both sides of {name!r}, {layer.shape}. Use a rank below the smaller one."
+                    f"r={config.r!r} is far above both sides of {name!r}, {layer.shape}. Use a rank below the smaller "
+                    "one."
                 )
             if config.num_sparse > layer.shape[0] * layer.shape[1]:
                 raise ValueError(

@@ -46,7 +46,7 @@ def plot_scores(model: nn.Module, adapter_name: Optional[str] = None, bins: int 
     matrices: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for layer, row in zip(layers, rows, strict=True):
         height, width = layer.block(name)
-        scores = layer.host[name].recipe.importance.rank(layer, name).detach().float().cpu().numpy()
+        scores = layer.ranking(name).detach().float().cpu().numpy()
         # one entry for each block that shares a score
         kept = layer.get_mask(name)[::height, ::width].cpu().numpy()
         matrices.setdefault(row.kind, []).append((scores, kept))

@@ -53,6 +53,6 @@ class Threshold(Rule):
         return math.log(tau / (1 - tau)) if tau > 0 else -math.inf
 
     def _above(self, layer: Any, name: str, threshold: float) -> Count:
-        scores = layer.host[name].recipe.importance.rank(layer, name)
+        scores = layer.ranking(name)
         units = (scores > threshold).sum().clamp(min=math.ceil(self.min_density * scores.numel()))
         return (int(units) if on_cpu(units) else units) * math.prod(layer.block(name))

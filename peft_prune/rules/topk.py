@@ -78,7 +78,7 @@ class TopK(Rule):
     def _allocate(self, name: str, layers: list[Any], density: float) -> Any:
         recipe = layers[0].host[name].recipe
         # one after another: scores of low rank are made, and those of several processes gathered, when asked for
-        rankings = (recipe.importance.rank(layer, name) for layer in gathered(layers, recipe.needs_weights))
+        rankings = (layer.ranking(name) for layer in gathered(layers, recipe.needs_weights))
         if self.allocation == "global":
             return allocate_globally(list(rankings), density)
         kinds = [module_kind(layer.module_name) for layer in layers]
@@ -105,7 +105,7 @@ class TopKOnce(Rule):
     def choose(self, layer: Any, name: str) -> torch.Tensor:
         """Bool, shape (out, in)."""
         host = layer.host[name]
-        ranking = host.recipe.importance.rank(layer, name)
+        ranking = layer.ranking(name)
         kept = host.granularity.count(1.0 - layer.target_sparsity(name), layer.shape)
         if self.group == "matrix" or ":" in self.granularity:
             return spread(host.granularity.units(ranking, kept), layer.block(name))

@@ -65,7 +65,7 @@ def _final_forms(model: nn.Module, name: str, layers: list[PruningLayer]) -> lis
     recipe = layers[0].host[name].recipe
     if recipe.chosen_layer_by_layer:
         for layer in gathered(layers, recipe.needs_weights):
-            check_ranked(recipe.importance.rank(layer, name))
+            check_ranked(layer.ranking(name))
     return [layer.final_form(name) for layer in gathered(layers, True)]
 
 

@@ -168,7 +168,7 @@ def penalty(model: nn.Module) -> float:
         if recipe.importance.tensors and config.penalty and step >= 0:
             whole = gathered(layers, recipe.needs_weights)
             offset = recipe.importance.penalty_offset
-            means = [sigmoid_penalty(recipe.importance.rank(layer, name).detach(), offset) for layer in whole]
+            means = [sigmoid_penalty(layer.ranking(name).detach(), offset) for layer in whole]
             total += config.penalty_at(step, steps) * float(torch.stack(means).mean())
     return total
 
