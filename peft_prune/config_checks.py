@@ -51,6 +51,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(map(repr, choices))}.")
 
 
+def check_single_weights(granularity: Any) -> None:
+    """Raise `ValueError` unless a granularity is `"weight"` or n:m, where weights of a row compete."""
+    if granularity != "weight" and not (isinstance(granularity, str) and ":" in granularity):
+        raise ValueError(
+            f"granularity={granularity!r} is not supported: weights of a row compete here. Use 'weight', or an n:m "
+            "pattern such as '2:4'."
+        )
+
+
 def check_names(config: Any) -> None:
     """Names of modules and numbers of layers have to be such: PEFT puts some of them into regular expressions."""
     for name in ("target_modules", "exclude_modules", "prune_target_modules"):

@@ -30,6 +30,7 @@ from peft_prune import (
     PruningCallback,
     PruningTrainer,
     SMPConfig,
+    WandaConfig,
     calibrate,
     penalty,
 )
@@ -170,10 +171,15 @@ def calibrated(folder):
     """P-pruning, of data that is another in each process."""
     rank = PartialState().process_index
     torch.manual_seed(0)
-    model = get_peft_model(make_bert(), PPruningConfig(keep_ratio=0.6, num_tokens=40, sequence_length=10))
-    calibrate(model, batches()[2 * rank :])
-    masks = torch.cat([layer.get_mask("default").flatten() for layer in pruning_layers(model)])
-    torch.save({"masks": masks}, folder / f"ppruning-{rank}.pt")
+    pruned_by = {
+        "ppruning": PPruningConfig(keep_ratio=0.6, num_tokens=40, sequence_length=10),
+        "wanda": WandaConfig(sparsity=0.5),
+    }
+    for method, config in pruned_by.items():
+        model = get_peft_model(make_bert(), config)
+        calibrate(model, batches()[2 * rank :])
+        masks = torch.cat([layer.get_mask("default").flatten() for layer in pruning_layers(model)])
+        torch.save({"masks": masks}, folder / f"{method}-{rank}.pt")
 
 
 def killed(folder, strategies):

@@ -24,7 +24,7 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from peft_prune import DSEEConfig, SMPConfig, calibrate, finalize, update_schedule
+from peft_prune import DSEEConfig, SMPConfig, finalize, update_schedule
 from peft_prune.layers.layer import pruning_layers
 from peft_prune.tuner.combine import combine_masks
 
@@ -187,7 +187,7 @@ def test_6_the_head_of_the_adapter_that_is_merged_comes_along(method, batch):
         model.base_model.model.classifier.modules_to_save["b"].weight.mul_(5)
     for name in ("b", "a"):
         model.set_adapter(name)
-        calibrate(model, adapter_name=name) if method == "ppruning" else advance(model, method)
+        advance(model, method, name)
     model.set_adapter("b")
     expected = logits(model, batch)
     model.set_adapter("a")

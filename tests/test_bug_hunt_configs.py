@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import arguments, data
-from helpers.methods import METHODS, TRAINED, adapter, advance, config
+from helpers.methods import CALIBRATED, METHODS, TRAINED, adapter, advance, config
 from helpers.models import logits, make_bert
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -82,6 +82,7 @@ def test_a_model_with_numbers_of_numpy_is_saved_after_training(method, tmp_path,
         "movement": {"sparsity": np.float32(0.5), "seed": np.int64(1)},
         "dsee": {"r": np.int64(2), "num_sparse": np.int64(3), "seed": np.int64(1), "heads_to_prune": np.int64(1)},
         "ppruning": {"seed": np.int64(1), "keep_ratio": np.float32(0.5)},
+        "wanda": {"seed": np.int64(1), "sparsity": np.float32(0.5)},
     }[method]
     model = adapter(make_bert(), method, **fields)
     model.save_pretrained(tmp_path)
@@ -220,7 +221,7 @@ DP = "DataParallel.*torchrun.*accelerate launch"
 def test_data_parallel_is_refused_by_name(method):
     model = get_peft_model(make_bert(), config(method))
     wrapped = nn.DataParallel(model)
-    calls = [lambda: calibrate(wrapped)] if method == "ppruning" else [
+    calls = [lambda: calibrate(wrapped, [])] if method in CALIBRATED else [
         lambda: update_schedule(wrapped, 1, 2), lambda: finalize(wrapped),
     ]  # fmt: skip
     if method == "dsee":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_run import BLOCKS, KILLED, REFUSED, SAVED, SHORT, STEPS, STRATEGIES
+from helpers.methods import CALIBRATED
 from helpers.models import make_bert, sparse_base
 from peft import PeftModel
 
@@ -78,8 +79,9 @@ def test_two_killed_processes_resume_to_the_same_masks(runs, strategy):
             assert torch.equal(one, two)
 
 
-def test_calibration_of_other_data_in_each_process_gives_one_choice(runs):
-    first, second = (torch.load(runs / f"ppruning-{rank}.pt")["masks"] for rank in (0, 1))
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_calibration_of_other_data_in_each_process_gives_one_choice(runs, method):
+    first, second = (torch.load(runs / f"{method}-{rank}.pt")["masks"] for rank in (0, 1))
     assert torch.equal(first, second) and 0 < (~first).sum() < len(first)
 
 

@@ -357,9 +357,9 @@ def test_misuse_is_told(tmp_path):
     for function in (model.merge_and_unload, lambda: model.save_pretrained(tmp_path)):
         with pytest.raises(ValueError, match=r"not been calibrated.*calibrate\(model"):
             function()
-    with pytest.raises(ValueError, match="needs a dataloader"):
+    with pytest.raises(ValueError, match="needs batches"):
         calibrate(model)
-    with pytest.raises(ValueError, match="dataloader is empty"):
+    with pytest.raises(ValueError, match="batches is empty"):
         calibrate(model, [])
     with pytest.raises(ValueError, match="mappings"):
         calibrate(model, DataLoader(torch.arange(6).view(3, 2)))

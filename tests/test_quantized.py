@@ -1,5 +1,7 @@
 """Quantised base models: the mask is put on what the weights stand for. Libraries that are not there are skipped."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.methods import TRAINED, advance, config, effective
@@ -89,6 +91,28 @@ def test_merging_is_refused_and_done_on_the_model_as_it_was(kind, tmp_path, batc
     on_float.save_pretrained(tmp_path / "other")
     again = PeftModel.from_pretrained(make_quantized(kind, tmp_path), tmp_path / "other")
     assert (logits(again, batch) - logits(on_float, batch)).abs().max() < logits(on_float, batch).std()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wanda_of_quantised_models(kind, tmp_path, batch):
+    base = make_quantized(kind, tmp_path)
+    dense = logits(base, batch)
+    model = get_peft_model(base, config("wanda", task_type="CAUSAL_LM"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        advance(model, "wanda")
+    expected = logits(model, batch)
+    reference = make_llama()
+    with torch.no_grad():
+        for layer in pruning_layers(model):
+            reference.get_submodule(layer.module_name).weight.copy_(effective(layer))
+            assert layer.get_mask("default").float().mean() == 0.5
+    torch.testing.assert_close(logits(reference, batch), expected, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_quantized(kind, tmp_path), tmp_path / "adapter")
+    assert torch.equal(logits(loaded, batch), expected) and not torch.equal(expected, dense)
+    with pytest.raises(ValueError, match=rf"quantised \({kind}\)"):
+        model.merge_and_unload()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def test_recipes_say_what_methods_are():
     assert SMPConfig(allocation="global").recipe().describe() == {
         "importance": "learned score",
         "rule": "top-k in the model",
-        "update": "none: the mask is all that is stored",
+        "update": "none",
         "moment": "every step of training",
+        "stored": "mask, at most 1 bit per weight",
     }
     assert MovementPruningConfig(variant="soft").recipe().rule.finds_sparsity
     assert MovementPruningConfig(from_existing_zeros=True).recipe().moment is Moment.START
@@ -277,6 +279,39 @@ def test_an_interrupted_calibration_leaves_nothing_half_pruned():
     assert set(model.state_dict()) == keys and torch.equal(logits(model, batch), before)
     calibrate(model, llama_batches())
     assert not torch.equal(logits(model, batch), before)
+
+
+def test_masks_of_wanda_by_sample_combined_and_merged(batch):
+    """At sparsities that no row can have exactly, too: rows keep whole weights, and the config says what is."""
+    model = get_peft_model(make_bert(), WandaConfig(sparsity=0.5), "a")
+    calibrate(model, [batch])
+    model.add_adapter("b", WandaConfig(sparsity=0.8))
+    model.set_adapter("b")
+    with pytest.warns(UserWarning, match="not at the 0.8000 asked for: each group of units that compete keeps"):
+        calibrate(model, [batch])
+    layers = pruning_layers(model)
+    kept = [int(layer.get_mask("b").sum()) for layer in layers]
+    assert model.peft_config["b"].sparsity == pytest.approx(1 - sum(kept) / sum(math.prod(x.shape) for x in layers))
+    alone = []
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone.append(logits(model, batch))
+    names = ["a", "b", *("a" for _ in alone[0][2:])]
+    with torch.no_grad():
+        together = model(input_ids=batch["input_ids"], adapter_names=names).logits
+    torch.testing.assert_close(together, torch.stack([alone[name == "b"][i] for i, name in enumerate(names)]))
+    model.add_weighted_adapter(["a", "b"], adapter_name="both", combination_type="intersection")
+    for layer in layers:
+        assert torch.equal(layer.get_mask("both"), layer.get_mask("a") & layer.get_mask("b"))
+    model.set_adapter("both")
+    expected = logits(model, batch)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["a", "b"]), batch), expected)
+
+
+@pytest.mark.parametrize("granularity", ["row", "head", "4x4"])
+def test_wanda_prunes_single_weights_only(granularity):
+    with pytest.raises(ValueError, match=f"granularity='{granularity}' is not supported.*Use 'weight'"):
+        WandaConfig(granularity=granularity)
 
 
 def test_wanda_is_one_method_in_two_files():

@@ -132,7 +132,7 @@ def test_an_embedding_comes_back(method, tmp_path, batch):
 
 @pytest.mark.parametrize(
     ("method", "target"),
-    [("smp", "lm_head"), ("smp", "wte"), ("movement", "lm_head"), ("movement", "wte"), ("dsee", "lm_head")],
+    [*((method, "lm_head") for method in (*TRAINED, "wanda")), ("smp", "wte"), ("movement", "wte")],
 )
 def test_tied_weights_are_used_but_not_merged(method, target, batch):
     base = make_gpt2()
@@ -183,7 +183,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", [*TRAINED, "wanda"])
 def test_layers_that_would_ignore_a_mask_are_refused(method, name):
     make, target, message = UNFIT[name]
     base = make()
@@ -193,9 +193,10 @@ def test_layers_that_would_ignore_a_mask_are_refused(method, name):
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 4, 3), lambda: nn.Embedding(9, 4)])
-def test_dsee_prunes_linear_layers_only(make):
+@pytest.mark.parametrize("method", ["dsee", "wanda"])
+def test_some_methods_prune_linear_layers_only(method, make):
     with pytest.raises(TypeError, match="cannot be pruned. Supported are torch's Linear, transformers's Conv1D"):
-        get_peft_model(Wrap(make()), config("dsee", target_modules=["layer"]))
+        get_peft_model(Wrap(make()), config(method, target_modules=["layer"]))
 
 
 @pytest.mark.parametrize("target", ["word_embeddings", "attention.self.query"])
@@ -314,7 +315,7 @@ def test_inject_and_transformers_own_methods(method, tmp_path, batch):
     base.disable_adapters()
     assert torch.equal(logits(base, batch), dense)
     base.enable_adapters()
-    if method != "ppruning":
+    if method in TRAINED:
         finalize(base)
     assert torch.equal(logits(base, batch), a)
     base.save_pretrained(tmp_path)
@@ -379,7 +380,7 @@ def test_lora_on_top_of_a_mask(method, batch):
     lora = LoraConfig(target_modules=["attention.output.dense"], init_lora_weights=False)
     base = make_bert()
     base.add_adapter(config(method), "mask")
-    if method != "ppruning":
+    if method in TRAINED:
         finalize(advance(base, method))
     else:
         advance(base, method)
@@ -411,8 +412,8 @@ def test_half_precision(method, autocast, dtype, tmp_path, batch):
     model.train()(**batch).loss.backward()
     trained = [p for layer in pruning_layers(model) for p in layer.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} <= {torch.float32 if autocast else dtype}
-    assert method == "ppruning" or any(p.grad is not None and p.grad.any() for p in trained)
-    if method != "ppruning":
+    assert method not in TRAINED or any(p.grad is not None and p.grad.any() for p in trained)
+    if method in TRAINED:
         finalize(model)
     expected = logits(model, batch)
     assert expected.dtype == dtype
@@ -530,11 +531,11 @@ def test_gates_compile_with_a_graph_break():
 @pytest.mark.parametrize("method", METHODS)
 def test_export(method, tmp_path, batch):
     make, fields, ids = two_layers, {"target_modules": ["0", "2"]}, torch.ones(3, 8)
-    if method == "ppruning":
+    if method not in TRAINED:
         make, fields, ids = small, {}, batch["input_ids"]
     adapter(make(), method, **fields).save_pretrained(tmp_path)
     module = PeftModel.from_pretrained(make(), tmp_path).eval().get_base_model()
-    module = Logits(module) if method == "ppruning" else module
+    module = module if method in TRAINED else Logits(module)
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="Call the model once before torch.export"):
             torch.export.export(module, (ids,), strict=False)

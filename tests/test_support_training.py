@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.data import arguments, data
-from helpers.methods import TRAINED, adapter, config
+from helpers.methods import CALIBRATED, TRAINED, adapter, config
 from helpers.models import logits, make_bert
 from peft import PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -70,10 +70,11 @@ def test_stopping_early_is_told(method, tmp_path):
         trainer.train()
 
 
-def test_p_pruning_has_nothing_to_train(tmp_path):
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_calibrated_methods_have_nothing_to_train(method, tmp_path):
     with pytest.raises(ValueError, match="not trained. Calibrate them"):
         PruningTrainer(
-            model=adapter(make_bert(), "ppruning", task_type="SEQ_CLS"), args=arguments(tmp_path), train_dataset=data()
+            model=adapter(make_bert(), method, task_type="SEQ_CLS"), args=arguments(tmp_path), train_dataset=data()
         ).train()
 
 

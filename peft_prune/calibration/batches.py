@@ -16,7 +16,7 @@ def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"calibrate needs batches that are mappings, such as {{'input_ids': ..., 'attention_mask': ...}}, but the "
-            f"dataloader gave a {type(batch).__name__}. Use a collate_fn, for instance DataCollatorWithPadding."
+            f"batches gave a {type(batch).__name__}. Use a collate_fn, for instance DataCollatorWithPadding."
         )
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     parameters = inspect.signature(base.forward).parameters

@@ -75,7 +75,7 @@ def _taken(
         if seen >= num_samples:
             return
     if not seen:
-        raise ValueError("calibrate: the dataloader is empty. Give it a few hundred examples of the task.")
+        raise ValueError("calibrate: batches is empty. Give it a few hundred examples of the task.")
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -242,5 +242,5 @@ def not_calibrated(config: Any) -> str:
     method = getattr(config.peft_type, "value", config.peft_type)
     return (
         f"This {method} adapter has not been calibrated, so it prunes nothing yet. Call peft_prune.calibrate(model, "
-        "dataloader) first."
+        "batches) first."
     )

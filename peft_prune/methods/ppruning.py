@@ -125,7 +125,7 @@ class PPruningModel(PruningModel):
         >>> from peft_prune import PPruningConfig, calibrate
 
         >>> model = get_peft_model(base_model, PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.5))
-        >>> calibrate(model, dataloader)
+        >>> calibrate(model, batches)
         >>> smaller = model.merge_and_unload()
         ```
     """

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from peft.utils import PeftType
 
 from ..calibrated_config import CalibratedConfig
+from ..config_checks import check_single_weights
 from ..importance.activation import Activation
+from ..layers.linear import LAYER_CLASSES
 from ..recipe import Moment, Recipe
 from ..rules.topk import TopKOnce
 from ..tuner.model import PruningModel
@@ -31,6 +33,7 @@ class WandaConfig(CalibratedConfig):
     def __post_init__(self, density=None):
         super().__post_init__(density)
         self.peft_type = PeftType("WANDA")
+        check_single_weights(self.granularity)
 
     def recipe(self) -> Recipe:
         """`|W|·‖x‖`; top-k in the row or n:m group; weights are left as they are; at calibration."""
@@ -41,6 +44,7 @@ class WandaModel(PruningModel):
     """Wanda: a mask from weights and inputs. Configure it with [`WandaConfig`]."""
 
     prefix = "wanda_"
+    layer_classes = LAYER_CLASSES  # inputs of a linear layer are the columns of its matrix
 
 
 register_method(name="wanda", config_cls=WandaConfig, model_cls=WandaModel)

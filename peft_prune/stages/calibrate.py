@@ -12,7 +12,7 @@ from torch import nn
 
 from ..calibration.walk import Watched, walk
 from ..layers.layer import PruningLayer, pruning_layers
-from ..layers.sharding import refuse_data_parallel, refuse_sharded
+from ..layers.sharding import agreed, refuse_data_parallel, refuse_sharded
 from ..recipe import Moment
 from ..structure.sites import find_sites
 from .finalize import switch_over, tell_sparsity
@@ -59,11 +59,11 @@ def calibrate(
         raise ValueError("calibrate: adapters are merged. Call model.unmerge_adapter() first.")
     if isinstance(batches, Mapping):  # iterated, it gives the names of its entries
         raise ValueError(
-            f"calibrate: dataloader is a single batch with the entries {list(batches)}. Pass a list of batches: "
+            f"calibrate: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
             "calibrate(model, [batch])."
         )
     if recipe.importance.reads_activations and batches is None:
-        raise ValueError("calibrate(model, dataloader): this method needs a dataloader of the task's inputs.")
+        raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
     with _bits_taken_back_on_error(name, layers):
         _choose(model, name, layers, batches, device)
@@ -104,7 +104,7 @@ def _choose(
             layer = by_path[path]
             host = layer.host[name]
             host.seen = observer.result(path)
-            layer.set_bits(name, recipe.rule.choose(layer, name))
+            layer.set_bits(name, agreed(recipe.rule.choose(layer, name).cpu()).to(layer.weight.device))
             host.seen = None
 
     walk(model, watched, batches, observer, config.num_samples, after_block, device)

@@ -83,7 +83,8 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
         return
     if not differs(reached, wanted, name, layers):
         return
-    ended_early = differs(reached, reachable_sparsity(name, layers), name, layers)
+    scheduled = name in layers[0].progress
+    ended_early = scheduled and differs(reached, reachable_sparsity(name, layers), name, layers)
     config.sparsity = reached
     if not config.init_weights:
         return
@@ -94,8 +95,10 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
             f"{when}. Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before "
             "finalize"
         )
-    else:
+    elif scheduled:
         why = unreachable(config)
+    else:
+        why = "each group of units that compete keeps a whole number of them. Ask for what can be reached"
     warnings.warn(
         f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {why}.",
         UserWarning,

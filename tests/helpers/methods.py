@@ -9,6 +9,7 @@ from peft_prune import (
     MovementPruningConfig,
     PPruningConfig,
     SMPConfig,
+    WandaConfig,
     calibrate,
     create_pruning_optimizer,
     finalize,
@@ -17,8 +18,8 @@ from peft_prune import (
 from peft_prune.layers.layer import pruning_layers
 
 
-METHODS = ("smp", "movement", "dsee", "ppruning")
-TRAINED = METHODS[:3]
+METHODS = ("smp", "movement", "dsee", "ppruning", "wanda")
+TRAINED, CALIBRATED = METHODS[:3], METHODS[3:]
 
 
 def config(method, **fields):
@@ -32,13 +33,21 @@ def config(method, **fields):
         return DSEEConfig(
             **{"r": 2, "num_sparse": 3, "sparsity": 0.5, "prune_target_modules": fields.get("target_modules")} | fields
         )
+    if method == "wanda":
+        return WandaConfig(**{"sparsity": 0.5} | fields)
     return PPruningConfig(**{"criterion": "random", "keep_ratio": 0.5} | fields)
 
 
-def advance(model, method):
-    """To the end of the schedule, with an update that is not zero; the adapter is not final yet."""
-    if method == "ppruning":
-        calibrate(model)
+def inputs_of(model):
+    """Two batches of random tokens."""
+    generator = torch.Generator().manual_seed(5)
+    return [{"input_ids": torch.randint(3, model.config.vocab_size, (2, 9), generator=generator)} for _ in range(2)]
+
+
+def advance(model, method, name=None):
+    """To the end of the schedule, with an update that is not zero; final only if the method is calibrated."""
+    if method in CALIBRATED:
+        calibrate(model, inputs_of(model) if method == "wanda" else None, name)
         return model
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -53,7 +62,7 @@ def advance(model, method):
 def adapter(base, method, final=True, **fields):
     """A model with an adapter of the method."""
     model = advance(get_peft_model(base, config(method, **fields)), method)
-    if final and method != "ppruning":
+    if final and method in TRAINED:
         finalize(model)
     return model.eval()
 
