@@ -377,7 +377,7 @@ def test_misuse_is_told(tmp_path):
         calibrate(model, batches())
     with pytest.raises(ValueError, match="'default' is calibrated already"):
         calibrate(model, batches(), adapter_name="default")
-    with pytest.raises(ValueError, match=r"no P-pruning adapter\. Add one"):
+    with pytest.raises(ValueError, match=r"no adapter of a calibrated method"):
         calibrate(make_bert(), batches())
     for name in ("b", "c"):
         model.add_adapter(name, PPruningConfig(task_type="SEQ_CLS"))

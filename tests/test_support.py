@@ -74,7 +74,7 @@ def test_convolutions_and_embeddings(method, kind, tmp_path):
     target = torch.randn_like(expected)
     F.mse_loss(expected, target).backward()
     config_ = pruned.config("default")
-    pruned.penalty_armed.clear()
+    pruned.host["default"].penalty_armed = False
     F.mse_loss(model(x), target).backward()
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(pruned.scores["default"].grad, scores.grad)
