@@ -114,14 +114,18 @@ def describe_tensors(config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -
     return {key.removeprefix(PREFIX): describe_tensor(t) for key, t in tensors if not has_own_record(config, key)}
 
 
-def checksums_for(config: Any, folder: Path) -> dict[str, Any]:
+def checksums_for(config: Any, folder: Path) -> Optional[dict[str, Any]]:
     """What is recorded when a config is saved: of the adapter file that is there, or of the one that is to come.
+
+    Nothing, if a config is saved by itself.
 
     PEFT writes the file before the config, Transformers after it. What the tuner has just handed out
     (`config.tensors_when_saved`) tells whether the file is the one that belongs to the config.
     """
     handed_out: Optional[dict[str, Any]] = config.tensors_when_saved
     path = folder / SAFETENSORS_WEIGHTS_NAME
+    if handed_out is None and not path.is_file():
+        return None
     tensors = handed_out or {}
     if handed_out is None or handed_out:
         found = _of_file(config, path) if path.is_file() else None
