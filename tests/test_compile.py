@@ -28,6 +28,7 @@ def train(batch, compiled):
 @pytest.mark.slow
 def test_training_is_one_graph_and_the_same(batch):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # those of other tests
     for eager, compiled in zip(train(batch, False), train(batch, True), strict=True):
         torch.testing.assert_close(eager.scores["default"], compiled.scores["default"])
         assert (eager.get_mask("default") == compiled.get_mask("default")).float().mean() > 0.999
