@@ -25,7 +25,8 @@ class Dense(Update):
     value_dtype: str = "float32"
     random: bool = False
 
-    label = "every weight that stays"
+    label = "dense"
+    stores = "mask, and the kept values"
     tensors = ("update",)
     stored = ("values",)
     watched = ("update",)
