@@ -54,10 +54,11 @@ class Recipe:
         return self.moment in (Moment.START, Moment.EVERY_STEP)
 
     def describe(self) -> dict[str, str]:
-        """The four parts in words, for tables: `importance`, `rule`, `update`, `moment`."""
+        """The four parts in words, for tables: `importance`, `rule`, `update`, `moment`; and what is `stored`."""
         return {
-            "importance": self.importance.label,
+            "importance": self.importance.label if self.rule.ranks else "–",
             "rule": self.rule.label,
             "update": self.update.label,
             "moment": self.moment.value,
+            "stored": self.update.stores,
         }

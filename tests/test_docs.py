@@ -3,7 +3,10 @@
 What the text loads from the Hub lies in that folder under the same name: a tiny random BERT, and a few sentences.
 """
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,12 @@ from helpers.data import hub
 
 import peft_prune
 from peft_prune import report
+from peft_prune.report.methods import method_titles, methods_table
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-PLAIN = ("README.md", "reference.md", "support.md", "peft_matrix.md", "examples.md")
+PLAIN = ("README.md", "reference.md", "support.md", "peft_matrix.md", "peft_proposals.md", "examples.md")
 WITHOUT_CODE = [ROOT / "docs" / name for name in PLAIN]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -64,3 +68,96 @@ def test_measured_numbers_name_the_command_that_made_them(page):
         title = section.split("\n")[0]
         if title in ("Measured", "Numbers", "What pays"):
             assert re.search(r"`[^`]*(benchmarks/|tests/|make )[^`]*`", section), f"{page.name}, {title}: no command"
+
+
+# ------------------------------------------------------------------------ methods
+
+
+def test_the_table_of_methods_is_made_from_the_recipes():
+    made = re.search(
+        r"<!-- methods: .*?-->\n(.*?)\n<!-- end of methods -->", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert made, "README.md has no block of methods"
+    assert made[1] == methods_table(), f"README.md should have this between its comments:\n{methods_table()}"
+
+
+def test_what_is_supported_is_said_of_every_method():
+    heads = re.findall(r"^\| what \|(.*)\|$", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE)
+    assert len(heads) >= 5
+    for head in heads:
+        assert [cell.strip() for cell in head.split("|")] == [*method_titles(), "test"]
+
+
+def test_every_method_has_a_page():
+    overview = (ROOT / "docs" / "README.md").read_text()
+    for page in re.findall(r"\]\(docs/(\w+\.md)\)", methods_table()):
+        assert f"]({page})" in overview and page in (ROOT / "mkdocs.yml").read_text()
+
+
+USED = """
+import sys
+import torch
+from peft import PeftModel, get_peft_model
+from helpers.models import logits, make_llama
+from peft_prune import calibrate
+from peft_prune.layers.layer import pruning_layers
+from new_method import RIAConfig
+
+ids = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(0))
+model = get_peft_model(make_llama(), RIAConfig(task_type="CAUSAL_LM", sparsity=0.5))
+calibrate(model, [{"input_ids": ids}])
+first = next(layer for layer in pruning_layers(model) if layer.module_name.endswith("0.self_attn.q_proj"))
+seen, plain = [], make_llama()
+plain.get_submodule(first.module_name).register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+plain(input_ids=ids)
+size = plain.get_submodule(first.module_name).weight.detach().abs()
+ranking = (size / size.sum(1, keepdim=True) + size / size.sum(0)) * torch.cat(seen).square().sum(0) ** 0.25
+assert torch.equal(first.get_mask("default"), ranking > ranking.flatten().median())
+expected = logits(model, {"input_ids": ids})
+model.save_pretrained("saved")
+loaded = PeftModel.from_pretrained(make_llama(), "saved")
+assert torch.equal(logits(loaded, {"input_ids": ids}), expected)
+merged = loaded.merge_and_unload()
+assert torch.equal(merged.get_submodule(first.module_name).weight == 0, ~first.get_mask("default"))
+assert torch.equal(logits(merged, {"input_ids": ids}), expected)
+"""
+
+
+def test_the_new_method_of_contributing_works(tmp_path):
+    """In a process of its own, since a method that is registered stays so."""
+    (block,) = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+    (tmp_path / "new_method.py").write_text(block)
+    (tmp_path / "used.py").write_text(USED)
+    code = f"import sys; sys.path[:0] = ['.', {str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import used"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def imports_of(path: Path) -> set[str]:
+    """Folders and modules at the top of the package that a file of it imports from, for types alone left out."""
+    depth = len(path.relative_to(ROOT / "peft_prune").parts)
+    tree, found = ast.parse(path.read_text()), set()
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    skipped = {child for node in typing for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node not in skipped and isinstance(node, ast.ImportFrom) and node.level == depth:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found - {"__version__"}
+
+
+def test_data_flows_one_way():
+    """As the table of CONTRIBUTING.md says: a row imports from itself and from rows above it."""
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    place = {}
+    for i, (names, text) in enumerate(rows):
+        for name in re.findall(r"`(\w+)(?:/|\.py)`", names + (text if "recipe.py" in names else "")):
+            place[name] = i
+    package = ROOT / "peft_prune"
+    tops = {path.name.removesuffix(".py") for path in package.iterdir() if not path.name.startswith("_")}
+    assert tops == set(place), tops ^ set(place)
+    for path in package.rglob("*.py"):
+        top = path.relative_to(package).parts[0].removesuffix(".py")
+        if top != "__init__":
+            later = {name for name in imports_of(path) if place[name] > place[top]}
+            assert not later, f"{path.relative_to(package)} imports {later}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.methods import METHODS, TRAINED, adapter, advance, config
+from helpers.methods import CALIBRATED, METHODS, TRAINED, adapter, advance, config
 from helpers.models import logits, make_bert, make_gpt2, make_llama
 from helpers.versions import needs_adapters_of_transformers
 from peft import (
@@ -490,9 +490,10 @@ def test_compiled_training_and_inference_are_one_graph(method):
 
 
 @pytest.mark.slow
-def test_p_pruning_compiles(batch):
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_calibrated_methods_compile(method, batch):
     torch._dynamo.reset()
-    base = adapter(small(), "ppruning").get_base_model()
+    base = adapter(small(), method).get_base_model()
     expected = logits(base, batch)
     assert torch.equal(logits(torch.compile(base, backend="aot_eager", fullgraph=True), batch), expected)
 

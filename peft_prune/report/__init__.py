@@ -2,6 +2,7 @@
 
 from .adapter_file import AdapterFile, read_adapter
 from .card import write_model_card
+from .methods import methods_table
 from .plots import plot_density, plot_units
 from .scores import plot_scores
 from .summary import LayerDensity, layer_densities, summary_table
@@ -14,6 +15,7 @@ __all__ = [
     "LayerDensity",
     "UnitCount",
     "layer_densities",
+    "methods_table",
     "plot_density",
     "plot_scores",
     "plot_training",

@@ -20,6 +20,8 @@ class Rule:
     """
 
     label: ClassVar[str] = ""
+    # whether it asks the importance
+    ranks: ClassVar[bool] = True
     # whether the sparsity comes out of it, instead of being given
     finds_sparsity: ClassVar[bool] = False
     # whether it is a failure if next to nothing is removed

@@ -14,7 +14,8 @@ from .base import Rule
 class ExistingZeros(Rule):
     """The mask is where the base weight is not zero."""
 
-    label = "the zeros that are there"
+    label = "existing zeros"
+    ranks = False
     finds_sparsity = True
     needs_weights = True
     cuts_units = True

@@ -13,7 +13,8 @@ class Update:
     An update holds no state: tensors are the layer's, `layer.held(kind)[adapter name]`.
     """
 
-    label: ClassVar[str] = "none: the mask is all that is stored"
+    label: ClassVar[str] = "none"
+    stores: ClassVar[str] = "mask, at most 1 bit per weight"  # what a final adapter holds, in words
     tensors: ClassVar[tuple[str, ...]] = ()  # kinds of trained tensors that it owns
     stored: ClassVar[tuple[str, ...]] = ()  # kinds of buffers that it owns
     trains_under_mask: ClassVar[bool] = False  # whether what is trained is seen through the mask

@@ -22,7 +22,8 @@ class Dense(StoredValues):
 
     random: bool = False
 
-    label = "every weight that stays"
+    label = "dense"
+    stores = "mask, and the kept values"
     tensors = ("update",)
     watched = ("update",)
     trains_under_mask = True

@@ -42,6 +42,7 @@ class LowRank(Update):
     random: bool = False
     under_mask: bool = False
 
+    stores = "mask, and the factors of the update"
     tensors = ("A", "B", "sparse")
     stored = ("support",)
     watched = ("B",)  # while it is 0, A does not move
