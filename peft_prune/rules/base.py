@@ -61,6 +61,10 @@ class Rule:
     def check(self, model: Any, name: str, layers: list[Any]) -> None:
         """Raise `ValueError` if what is to be chosen later cannot be chosen in this model."""
 
+    def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The mask of one layer at calibration, and new values (float, shape (out, in)) if the rule finds any."""
+        return self.choose(layer, name), None
+
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
         """Masks of all layers by module name, for what is chosen once.
 

@@ -104,7 +104,9 @@ def _choose(
             layer = by_path[path]
             host = layer.host[name]
             host.seen = observer.result(path)
-            layer.set_bits(name, agreed(recipe.rule.choose(layer, name).cpu()).to(layer.weight.device))
+            mask, values = recipe.rule.solve(layer, name)
+            layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
+            recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
             host.seen = None
 
     walk(model, watched, batches, observer, config.num_samples, after_block, device)
@@ -149,6 +151,8 @@ def _bits_taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator
         yield
     except BaseException:
         for layer in layers:
+            layer.host[name].seen = None
+            layer.host[name].drop_decoded()
             if layer in before:
                 layer.set_bits(name, before[layer])
             elif name in layer.held("bits"):

@@ -48,6 +48,15 @@ class Update:
         """The whole update: float32, shape (out, in)."""
         return torch.zeros(layer.shape, device=layer.weight.device)
 
+    def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
+        """Take over what calibration found for a layer, whose new mask is in force; nothing by default.
+
+        Args:
+            layer ([`PruningLayer`]): the layer; `layer.host[name].seen` is what was noted of its inputs.
+            name (`str`): the adapter.
+            values (`torch.Tensor`, *optional*): new values of the weights that stay: float, shape (out, in).
+        """
+
     def final(self, layer: Any, name: str, mask: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What the config records of the update, and buffers by kind that take the place of what was trained.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..solvers.low_rank_error import low_rank_error
 from ..storage.codec import MaskFormatError
 from .base import Update
 from .support import choose_support
@@ -131,6 +132,22 @@ class LowRank(Update):
             whole = out.new_zeros(*out.shape[:-1], layer.shape[0])
             out = whole.index_copy(-1, rows.to(out.device), out)
         return result + (self.scaling * out).to(result.dtype)
+
+    def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
+        """Start from the closed form: what of rank r makes up for the pruned weights on the inputs seen (SLiM).
+
+        Raises:
+            ValueError: the rank is above the smaller side of the matrix.
+        """
+        if not self.changes_weights(layer, name):
+            return
+        weight, inputs = layer.matrix.detach().float(), layer.host[name].seen
+        pruned = weight * layer.get_mask(name)
+        a, b = low_rank_error(weight, pruned, inputs.to(weight.device), self.r)
+        with torch.no_grad():
+            layer.held("A")[name].copy_(a)
+            layer.held("B")[name].copy_(b / self.scaling)
+        layer.cached_weight.clear()
 
     def final(self, layer: Any, name: str, mask: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Nothing: the update stays as it is; it has to be finite."""

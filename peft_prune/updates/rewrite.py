@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -22,10 +22,10 @@ class Rewrite(StoredValues):
 
     label = "kept weights are rewritten"
 
-    def rewrite(self, layer: Any, name: str, matrix: torch.Tensor) -> None:
-        """Put new values in force for a mask that is in force: floating point, shape (out, in)."""
+    def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
+        """Put new values in force, rounded as they will be stored."""
         mask = layer.get_mask(name)
-        stored = self.encode(layer, matrix, mask)
+        stored = self.encode(layer, layer.matrix if values is None else values, mask)
         layer.host[name].values = decode_values(stored, mask, self.value_dtype)
         layer.cached_weight.clear()
 
