@@ -12,6 +12,8 @@ from .methods import (
     PPruningModel,
     SMPConfig,
     SMPModel,
+    SparseGPTConfig,
+    SparseGPTModel,
     WandaConfig,
     WandaModel,
 )
@@ -67,6 +69,8 @@ __all__ = [
     "Recipe",
     "SMPConfig",
     "SMPModel",
+    "SparseGPTConfig",
+    "SparseGPTModel",
     "TrainedConfig",
     "WandaConfig",
     "WandaModel",

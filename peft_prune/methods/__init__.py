@@ -4,6 +4,7 @@ from .dsee import DSEEConfig, DSEEModel
 from .movement import MovementPruningConfig, MovementPruningModel
 from .ppruning import PPruningConfig, PPruningModel
 from .smp import SMPConfig, SMPModel
+from .sparsegpt import SparseGPTConfig, SparseGPTModel
 from .wanda import WandaConfig, WandaModel
 
 
@@ -16,6 +17,8 @@ __all__ = [
     "PPruningModel",
     "SMPConfig",
     "SMPModel",
+    "SparseGPTConfig",
+    "SparseGPTModel",
     "WandaConfig",
     "WandaModel",
 ]

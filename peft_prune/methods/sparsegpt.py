@@ -9,6 +9,7 @@ from peft.utils import PeftType
 from ..calibrated_config import OneShotConfig
 from ..config_checks import check_choice, check_number, check_whole
 from ..importance.hessian import Hessian
+from ..layers.linear import LAYER_CLASSES
 from ..recipe import Moment, Recipe
 from ..rules.solved import Solved
 from ..storage.values import VALUE_DTYPES
@@ -60,6 +61,7 @@ class SparseGPTModel(PruningModel):
     """One-shot pruning with new values. Configure it with [`SparseGPTConfig`]."""
 
     prefix = "sparsegpt_"
+    layer_classes = LAYER_CLASSES  # inputs of a linear layer are the columns of its matrix
     quantized_layer_class = None  # values are those of floating-point weights
 
 
