@@ -314,13 +314,6 @@ def test_wanda_prunes_single_weights_only(granularity):
         WandaConfig(granularity=granularity)
 
 
-def test_wanda_is_one_method_in_two_files():
-    """What a calibrated method that keeps weights costs: its importance, and its config."""
-    files = [PACKAGE / "importance" / "activation.py", PACKAGE / "methods" / "wanda.py"]
-    assert all("wanda" in path.read_text().lower() for path in files)
-    assert sum(len(path.read_text().splitlines()) for path in files) < 100
-
-
 def test_a_recipe_is_read_off_every_public_config():
     for name in PUBLIC:
         if name.endswith("Config"):

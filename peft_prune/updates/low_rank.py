@@ -143,7 +143,7 @@ class LowRank(Update):
             return
         weight, inputs = layer.matrix.detach().float(), layer.host[name].seen
         pruned = weight * layer.get_mask(name)
-        a, b = low_rank_error(weight, pruned, inputs.to(weight.device), self.r)
+        a, b = low_rank_error(weight, pruned, inputs.to(weight.device), self.r, damping=0.01)
         with torch.no_grad():
             layer.held("A")[name].copy_(a)
             layer.held("B")[name].copy_(b / self.scaling)
