@@ -40,6 +40,8 @@ METHODS = {
     "admm": lambda **f: SparseGPTConfig(solver="admm", **f),
 }
 
+SHOWN = ("perplexity", "calibration_cpu_seconds")
+
 
 def by_magnitude(model: Any, sparsity: float) -> None:
     """The one-line baseline."""
@@ -77,12 +79,7 @@ def run(args: argparse.Namespace) -> dict:
 def table(path: Path) -> str:
     rows = sorted(read(path), key=lambda r: (r["granularity"] or "", r["perplexity"]))
     cells = [
-        [
-            r["method"],
-            r["granularity"] or f"{r['sparsity']:.0%}",
-            f"{r['perplexity']:.1f}",
-            f"{r['calibration_cpu_seconds']}",
-        ]
+        [r["method"], r["granularity"] or f"{r['sparsity']:.0%}", *(str(round(r[key], 1)) for key in SHOWN)]
         for r in rows
     ]
     return markdown(["method", "removed", "perplexity", "CPU seconds"], cells)
