@@ -45,6 +45,8 @@ def is_target(config: Any, name: str, field: str = "target_modules") -> bool:
         field (`str`): `"target_modules"`, or another field that is read in its place.
     """
     targets, excluded = getattr(config, field), config.exclude_modules
+    if field == "target_modules" and not isinstance(targets, str) and not isinstance(excluded, str):
+        return BaseTuner._check_target_module_exists(config, name)  # type: ignore[return-value]
     bounded = copy.copy(config)
     bounded.target_modules = targets
     if isinstance(excluded, str):

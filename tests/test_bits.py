@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from peft_prune.storage.bits import _pack_by_shifts, _unpack_by_shifts, masked_by_bits, pack_bits, unpack_bits
+from peft_prune.storage.bits import (
+    _pack_by_shifts,
+    _unpack_by_shifts,
+    count_bits,
+    masked_by_bits,
+    pack_bits,
+    unpack_bits,
+)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (64, 96), (7, 4097)])
@@ -41,3 +48,9 @@ def test_memory_of_a_weight_can_be_freed_after_a_product_as_fsdp_does():
 def test_a_mask_that_is_no_contiguous_tensor():
     mask = torch.rand(6, 9) < 0.5
     assert torch.equal(unpack_bits(pack_bits(mask.T), (9, 6)), mask.T)
+
+
+def test_set_bits_are_counted():
+    for n in (0, 1, 7, 8, 9, 4097):
+        mask = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.4
+        assert count_bits(pack_bits(mask)) == int(mask.sum())

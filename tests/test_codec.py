@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from peft_prune import MaskFormatError
 from peft_prune.storage import entropy
 from peft_prune.storage.codec import (
+    decode_bits,
     decode_mask,
     describe_mask,
     encode_mask,
     is_mask_info,
+    load_bits,
     load_mask,
     mask_to_blocks,
     pack_mask,
@@ -56,6 +58,29 @@ def test_round_trip_of_both_forms(rows, columns, seed, density):
 def test_shapes_and_densities(shape, density):
     mask = random_mask(*shape, density)
     assert torch.equal(decode_mask(encode_mask(mask), shape), mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 23), (64, 96)])
+def test_packed_is_what_numpy_packs_of_the_mask(shape):
+    empty, full = torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+    for mask in (random_mask(*shape, 0.1), random_mask(*shape, 0.5), uneven_mask(*shape), empty, full):
+        expected = np.packbits(mask.numpy().reshape(-1), bitorder="little").tolist()
+        coded = np.frombuffer(b"\x01" + entropy.encode(mask.numpy()), dtype=np.uint8).copy()
+        plain = np.array([0, *expected], dtype=np.uint8)
+        for stored in (torch.from_numpy(coded), torch.from_numpy(plain)):
+            assert decode_bits(stored, shape).tolist() == expected
+            assert load_bits("layer", stored, describe_mask(stored, mask), 3).tolist() == expected
+
+
+def test_bits_after_the_last_weight_are_dropped():
+    """A file may have them set; they are no weights, and are not counted."""
+    mask = random_mask(3, 5, 0.5)
+    plain = torch.cat([torch.zeros(1, dtype=torch.uint8), pack_mask(mask)])
+    plain[-1] |= 0x80
+    assert load_bits("layer", plain, describe_mask(plain, mask), 3).tolist() == pack_mask(mask).tolist()
+    version_1 = plain[1:]
+    assert decode_bits(version_1, (3, 5), 1).tolist() == pack_mask(mask).tolist()
+    assert version_1[-1] & 0x80  # what is stored stays as it is
 
 
 def test_size_is_the_entropy_bound_for_independent_bits():

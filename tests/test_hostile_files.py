@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from peft_prune import MaskFormatError, MovementPruningConfig, finalize, update_schedule
+from peft_prune.layers.layer import pruning_layers
 from peft_prune.report.adapter_file import read_adapter
+from peft_prune.storage.codec import decode_mask
 
 
 def rewrite_header(path, change):
@@ -127,6 +129,35 @@ def test_superfluous_tensors_are_told(tmp_path):
     refused(tmp_path, MaskFormatError, "pooler.dense.smp_mask.*does not know")
 
 
+def forge_kept(folder, *names):
+    """A record of one weight more than the masks keep, with nothing else that would show."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["check_tensors"] = False
+    for name in names:
+        config["mask_info"][name]["kept"] += 1
+    path.write_text(json.dumps(config))
+
+
+def test_a_damaged_mask_is_named_at_load(tmp_path):
+    final_adapter(tmp_path, at=0.9)
+    first, second = "bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.attention.self.query"
+    forge_kept(tmp_path, second, first)
+    refused(tmp_path, MaskFormatError, f"The mask of '{first}' keeps")
+
+
+def test_masks_decoded_at_load_are_those_decoded_later(tmp_path):
+    final_adapter(tmp_path, at=0.9)
+    at_load = PeftModel.from_pretrained(make_bert(), tmp_path)
+    later = PeftModel.from_pretrained(make_bert(), tmp_path, adapter_name="other")
+    later.load_adapter(tmp_path, "default")
+    for one, two in zip(pruning_layers(at_load), pruning_layers(later), strict=True):
+        assert one.host["default"].unpacked is not None
+        assert two.host["default"].unpacked is None  # not active
+        mask = decode_mask(one.mask["default"], one.shape)
+        assert torch.equal(one.get_mask("default"), mask) and torch.equal(two.get_mask("default"), mask)
+
+
 def test_bits_for_a_record_that_was_forged_too(tmp_path, batch):
     """Whoever forges mask and checksum together still gets a mask of the recorded count, or an error."""
     import zlib
@@ -142,9 +173,8 @@ def test_bits_for_a_record_that_was_forged_too(tmp_path, batch):
     config["mask_info"][name]["crc32"] = f"{zlib.crc32(tensors[key].numpy().tobytes()):08x}"
     save_file(tensors, path)
     config_path.write_text(json.dumps(config))
-    loaded = PeftModel.from_pretrained(make_bert(), tmp_path)
     try:
-        logits(loaded, batch)
+        logits(PeftModel.from_pretrained(make_bert(), tmp_path), batch)
         assert int(read_adapter(tmp_path).mask(name).sum()) == config["mask_info"][name]["kept"]
     except MaskFormatError as error:
         assert name in str(error)

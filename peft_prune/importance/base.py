@@ -6,6 +6,8 @@ from typing import Any, ClassVar, Optional
 
 import torch
 
+from ..storage.bits import masked_by_bits
+
 
 class Importance:
     """Ranks the units of a matrix. A subclass says how; one that learns says what it trains.
@@ -46,4 +48,6 @@ class Importance:
 
     def settled(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What stays of a matrix (out, in) in inference, and when it is merged."""
-        return matrix * layer.get_mask(name)
+        if matrix.requires_grad and torch.is_grad_enabled():
+            return matrix * layer.get_mask(name)
+        return masked_by_bits(matrix, layer.mask_bits(name))

@@ -10,8 +10,8 @@ import torch
 from ..matching import pattern_of
 from ..selection.device import on_cpu
 from ..selection.granularity import Granularity, parse_granularity
-from ..storage.bits import pack_bits, unpack_bits
-from ..storage.codec import load_mask, stored_size
+from ..storage.bits import count_bits, pack_bits, unpack_bits
+from ..storage.codec import load_bits, stored_size
 from .cached_weight import version
 from .host import Host
 from .tensors import AdapterTensors
@@ -204,7 +204,7 @@ class AdapterMasks(AdapterTensors):
 
         for name in self.progress.keys():
             absent = lacks("bits", name) and not lacks("progress", name)
-            if self._can_be_ranked(name) and (absent or int(self.get_mask(name).sum()) != self.kept(name)):
+            if self._can_be_ranked(name) and (absent or count_bits(self.mask_bits(name)) != self.kept(name)):
                 self.renew(name)
 
     def can_find(self, adapter_name: str, kind: str) -> bool:
@@ -215,6 +215,15 @@ class AdapterMasks(AdapterTensors):
         """What the weight that an adapter makes follows from, the base weight apart."""
         holders = (self.held(kind) for kind in (*self.trained_names, *self.stored_names))
         return [holder[adapter_name] for holder in holders if adapter_name in holder]
+
+    def decode_if_active(self, adapter_name: str) -> None:
+        """Decode an active adapter's final mask now, so that damage shows at load and the first forward pass is fast.
+
+        Raises:
+            MaskFormatError: the mask is damaged; the message names the module.
+        """
+        if adapter_name in self.mask and adapter_name in self.active_adapters and not self.mask[adapter_name].is_meta:
+            self.mask_bits(adapter_name)
 
     @torch.compiler.disable
     @torch.inference_mode(False)  # a mask that is unpacked there may be needed for training
@@ -232,8 +241,8 @@ class AdapterMasks(AdapterTensors):
             raise RuntimeError(
                 f"The mask of {self.module_name!r} has not been unpacked yet. Call the model once before torch.export."
             )
-        mask = load_mask(self.module_name, stored, self.record(adapter_name), host.config.mask_format)
-        host.unpacked = (stored, version(stored), pack_bits(mask))
+        bits = load_bits(self.module_name, stored, self.record(adapter_name), host.config.mask_format)
+        host.unpacked = (stored, version(stored), bits)
         return host.unpacked[2]
 
 

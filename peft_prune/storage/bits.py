@@ -14,6 +14,8 @@ from ..selection.device import on_cpu
 # the eight entries that each byte stands for, as one number of 64 bits that is read as eight bytes
 _OCTETS = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.int64))
 
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
 _PART = 1 << 15  # bytes of packed bits that are unpacked at once
 
 
@@ -39,6 +41,11 @@ def unpack_bits(packed: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     else:
         octets = _unpack_by_shifts(packed)
     return octets[: math.prod(shape)].view(torch.bool).view(*shape)
+
+
+def count_bits(packed: torch.Tensor) -> int:
+    """Number of entries that are set in what [`pack_bits`] returned; a GPU is waited for."""
+    return int(_ONES.take(packed.detach().cpu().numpy()).sum(dtype=np.int64))
 
 
 def masked_by_bits(matrix: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from ..selection.granularity import spread
 from . import entropy
-from .bits import pack_bits, unpack_bits
+from .bits import count_bits, pack_bits, unpack_bits
 from .fingerprint import is_fingerprint
 from .values import VALUE_DTYPES, decode_values, values_size
 
@@ -46,12 +46,16 @@ def unpack_mask(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     Raises:
         MaskFormatError: dtype or number of bytes do not fit the shape.
     """
+    _check_packed(packed, shape)
+    return unpack_bits(packed, shape)
+
+
+def _check_packed(packed: torch.Tensor, shape: tuple[int, int]) -> None:
     if packed.dtype != torch.uint8 or packed.numel() != packed_size(shape):
         raise MaskFormatError(
             f"a mask of shape {tuple(shape)} takes {packed_size(shape)} bytes (uint8), but {packed.numel()} elements "
             f"of {packed.dtype} are stored"
         )
-    return unpack_bits(packed, shape)
 
 
 def encode_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -84,20 +88,41 @@ def decode_mask(stored: torch.Tensor, shape: tuple[int, int], version: int = VER
     Raises:
         MaskFormatError: the bytes are no mask of this shape.
     """
+    return unpack_bits(decode_bits(stored, shape, version), shape)
+
+
+def decode_bits(stored: torch.Tensor, shape: tuple[int, int], version: int = VERSION) -> torch.Tensor:
+    """[`decode_mask`] at one bit per weight, without unpacking it on the way where that can be avoided.
+
+    Returns:
+        `torch.Tensor`: uint8, shape (ceil(out · in / 8),), as [`pack_mask`] packs it, on the device of `stored`.
+
+    Raises:
+        MaskFormatError: the bytes are no mask of this shape.
+    """
     if version == 1:
-        return unpack_mask(stored, shape)
+        return _decode_plain(stored, shape)
     if stored.dtype != torch.uint8 or stored.dim() != 1 or not stored.numel():
         raise MaskFormatError("a mask is stored as one dimension of uint8 with at least one byte")
     kind = int(stored[0])
     if kind == _PLAIN:
-        return unpack_mask(stored[1:], shape)
+        return _decode_plain(stored[1:], shape)
     if kind != _ENTROPY or 0 in shape:
         raise MaskFormatError(f"its first byte, {kind}, names no known code for shape {tuple(shape)}")
     try:
-        mask = entropy.decode(stored[1:].cpu().numpy(), shape)
+        packed = entropy.decode_packed(stored[1:].cpu().numpy(), shape)
     except ValueError as error:
         raise MaskFormatError(str(error)) from error
-    return torch.from_numpy(mask).to(stored.device)
+    return torch.from_numpy(packed).to(stored.device)
+
+
+def _decode_plain(stored: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """A copy without the bits after the last weight, which a file may have set."""
+    _check_packed(stored, shape)
+    packed, left = stored.reshape(-1).clone(), shape[0] * shape[1] % 8
+    if left:
+        packed[-1] &= (1 << left) - 1
+    return packed
 
 
 def mask_to_blocks(mask: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -244,16 +269,27 @@ def load_mask(name: str, stored: torch.Tensor, info: dict[str, Any], version: in
     Raises:
         MaskFormatError: it is damaged; the message names the module.
     """
+    return unpack_bits(load_bits(name, stored, info, version), info["shape"])
+
+
+def load_bits(name: str, stored: torch.Tensor, info: dict[str, Any], version: int) -> torch.Tensor:
+    """[`load_mask`] at one bit per weight: uint8, shape (ceil(out · in / 8),), on the device of `stored`.
+
+    Raises:
+        MaskFormatError: it is damaged; the message names the module.
+    """
     check_stored(name, stored, info)
+    shape = stored_shape(info)
     try:
-        mask = decode_mask(stored, stored_shape(info), version)
+        packed = decode_bits(stored, shape, version)
     except MaskFormatError as error:
         raise MaskFormatError(f"The mask of {name!r} cannot be read: {error}.") from error
     if "block" in info:
-        mask = spread(mask, tuple(info["block"]))
-    if int(mask.sum()) != info["kept"]:
+        packed = pack_bits(spread(unpack_bits(packed, shape), tuple(info["block"])))
+    kept = count_bits(packed)
+    if kept != info["kept"]:
         raise MaskFormatError(
-            f"The mask of {name!r} keeps {int(mask.sum())} weights, but adapter_config.json records {info['kept']}. "
+            f"The mask of {name!r} keeps {kept} weights, but adapter_config.json records {info['kept']}. "
             "One of the two was altered."
         )
-    return mask
+    return packed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import constriction
 import numpy as np
@@ -139,6 +140,40 @@ def decode(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: the bytes are no mask of this shape.
     """
+    packed = decode_packed(data, shape)
+    return np.unpackbits(packed, count=shape[0] * shape[1], bitorder="little").view(bool).reshape(shape)
+
+
+def decode_packed(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[`decode`] at one bit per weight: uint8, shape (ceil(out · in / 8),), row-major, bits left over are 0.
+
+    Raises:
+        ValueError: the bytes are no mask of this shape.
+    """
+    code = _read(data, shape)
+    if len(code.densities) == 1:  # one cell, which is packed row by row as the mask is
+        packed = _decode_cell(code.coder, code.densities[0], shape[0] * shape[1])
+    else:
+        packed = np.packbits(_assemble(code, shape).reshape(-1), bitorder="little")
+    if not code.coder.maybe_exhausted():
+        raise ValueError("its entropy code has bytes left over")
+    return packed
+
+
+class _Code(NamedTuple):
+    """The parts of an entropy code: the logarithms of the number of classes, the class of each row and column, `q` of
+    each cell, and the range code.
+    """
+
+    a: int
+    b: int
+    row_class: np.ndarray
+    column_class: np.ndarray
+    densities: list[int]
+    coder: constriction.stream.queue.RangeDecoder
+
+
+def _read(data: np.ndarray, shape: tuple[int, int]) -> _Code:
     if len(data) < _HEADER or max(a := int(data[0]), b := int(data[1])) > _MAX_LOG_CLASSES:
         raise ValueError("the header of its entropy code is damaged")
     n_rows, n_columns = _index_bytes(shape[0], a), _index_bytes(shape[1], b)
@@ -149,21 +184,39 @@ def decode(data: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     column_class = _unpack_index(data[ends[1] : ends[2]], shape[1], b)
     densities = np.frombuffer(data[ends[2] : ends[3]].tobytes(), dtype="<u2").tolist()
     words = np.frombuffer(data[ends[3] :].tobytes(), dtype="<u4").astype(np.uint32)
-    coder = constriction.stream.queue.RangeDecoder(words)
+    return _Code(a, b, row_class, column_class, densities, constriction.stream.queue.RangeDecoder(words))
+
+
+def _decode_cell(coder: constriction.stream.queue.RangeDecoder, q: int, size: int) -> np.ndarray:
+    """The next cell of a range code: uint8, shape (ceil(size / 8),), bits left over are 0."""
+    count = (size + 7) // 8
+    if q in (0, ONE) or not size:
+        packed = np.full(count, 255 if q else 0, dtype=np.uint8)
+    else:
+        try:
+            packed = coder.decode(byte_model(q), count).astype(np.uint8)
+        except (AssertionError, ValueError) as error:  # what the library raises for impossible data
+            raise ValueError("its entropy code is damaged") from error
+    if size % 8:
+        packed[-1] &= (1 << size % 8) - 1
+    return packed
+
+
+def _assemble(code: _Code, shape: tuple[int, int]) -> np.ndarray:
+    """The mask of several cells: bool, of the given shape."""
     ordered = np.zeros(shape, dtype=bool)
-    for (rows, columns), q in zip(_cells(row_class, column_class, a, b), densities, strict=True):
+    for (rows, columns), q in zip(
+        _cells(code.row_class, code.column_class, code.a, code.b), code.densities, strict=True
+    ):
         cell = ordered[rows, columns]
-        if q == ONE:
-            cell[:] = True
-        elif q and cell.size:
-            try:
-                coded = coder.decode(byte_model(q), (cell.size + 7) // 8)
-            except (AssertionError, ValueError) as error:  # what the library raises for impossible data
-                raise ValueError("its entropy code is damaged") from error
-            bits = np.unpackbits(coded.astype(np.uint8), count=cell.size, bitorder="little")
+        if q and cell.size:
+            bits = np.unpackbits(_decode_cell(code.coder, q, cell.size), count=cell.size, bitorder="little")
             cell[:] = bits.view(bool).reshape(cell.shape)
-    if not coder.maybe_exhausted():
-        raise ValueError("its entropy code has bytes left over")
-    if a:
-        ordered = ordered[np.argsort(np.argsort(row_class, kind="stable"))]
-    return ordered[:, np.argsort(np.argsort(column_class, kind="stable"))] if b else ordered
+    if code.a:
+        ordered = ordered.take(_places(code.row_class), axis=0)
+    return ordered.take(_places(code.column_class), axis=1) if code.b else ordered
+
+
+def _places(classes: np.ndarray) -> np.ndarray:
+    """Where each row (or column) is when they are sorted by class."""
+    return np.argsort(np.argsort(classes, kind="stable"))

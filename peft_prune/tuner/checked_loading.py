@@ -3,7 +3,7 @@
 PEFT looks up `peft_type` before a class of ours is reached, and says no more than `KeyError`. `PeftModel.load_adapter`
 under a name that is there (as `Trainer` resumes) reads no config and so knows no checksums, and of a missing
 `modules_to_save` it says no more than `KeyError`. Transformers' `model.load_adapter` calls no hook of the tuner after
-it has read the file.
+it has read the file. Final masks of the active adapter are decoded after both.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _by_peft(original: Any) -> Any:
         if isinstance(config, PruningConfig) and config.checksums is None and config.check_tensors:
             config.checksums = _checksums_of(config, model_id, kwargs)
         try:
-            return original(self, model_id, adapter_name, *args, **kwargs)
+            loaded = original(self, model_id, adapter_name, *args, **kwargs)
         except KeyError as error:
             if not isinstance(self.peft_config.get(adapter_name), PruningConfig):
                 raise
@@ -57,8 +57,15 @@ def _by_peft(original: Any) -> Any:
         finally:
             if isinstance(config, PruningConfig):
                 config.checksums = None  # of this file, and not of the next one
+        _decode(self, adapter_name)
+        return loaded
 
     return load_adapter
+
+
+def _decode(model: Any, adapter_name: str) -> None:
+    for layer in pruning_layers(model, adapter_name):
+        layer.decode_if_active(adapter_name)
 
 
 def _checksums_of(config: PruningConfig, model_id: Any, kwargs: dict[str, Any]) -> Any:
@@ -85,6 +92,7 @@ def _by_transformers(original: Any) -> Any:
                     _check_in_place(self, name, config)
                 for layer in pruning_layers(self, name):
                     layer.after_loading([])
+                _decode(self, name)
         return loaded
 
     return load_adapter

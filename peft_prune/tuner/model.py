@@ -19,7 +19,7 @@ from ..layers.masks import not_calibrated
 from ..layers.quantized import PrunedQuantizedLinear
 from ..layers.sharding import unsplit, without_shards
 from ..layers.watch import warn_once
-from ..matching import is_target, pattern_of
+from ..matching import is_target
 from ..peft_api import AuxiliaryTrainingWrapper, BaseTuner, BaseTunerLayer, include_all_linear
 from ..recipe import Moment
 from ..selection.granularity import Granularity, parse_granularity
@@ -32,7 +32,7 @@ from .heads import head_granularity
 from .load_checks import check_base_weights, check_finite, check_has_zeros, check_stored_state, check_targets
 from .load_modules import check_saved_modules, taken_back_on_error
 from .mixed_batch import routed
-from .refusals import check_in_one_place, check_is_called, check_no_weight_is_shared, refuse
+from .refusals import check_no_weight_is_shared, check_patterns, check_place, parents_of_modules, refuse
 from .targets import IN_BLOCK, default_target_modules
 from .unloading import active_for_merge, merge_and_shrink
 from .verbalizer import install_verbalizer, keep_label_words
@@ -74,18 +74,13 @@ class PruningModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check everything that can be known before the first module is replaced."""
         config = cast(PruningConfig, include_all_linear(peft_config, model))
-        targets = self._find_targets(config, model)
+        targets = self._targets = self._find_targets(config, model)
         if not targets:
             return  # PEFT raises with the details
         for name, granularity in self._granularities(config, targets).items():
             granularity.check_shape(name, targets[name].shape)
         recipe = config.recipe()
-        for key in getattr(config, "sparsity_pattern", None) or {}:
-            if not any(pattern_of([key], name) == key for name in targets):
-                raise ValueError(
-                    f"sparsity_pattern[{key!r}] matches none of the {len(targets)} pruned modules, for instance "
-                    f"{next(iter(targets))!r}. Correct the name, or remove the entry."
-                )
+        check_patterns(getattr(config, "sparsity_pattern", None) or {}, list(targets))
         if not config.finalized:
             if recipe.moment is Moment.START and config.init_weights:
                 check_has_zeros(targets)
@@ -118,6 +113,7 @@ class PruningModel(BaseTuner):
         """Every module that will be pruned, by name: the layer that is there, or one that could take its place."""
         targets: dict[str, PruningLayer] = {}
         inside: tuple[str, ...] = ()
+        parents = parents_of_modules(model)
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
@@ -126,9 +122,7 @@ class PruningModel(BaseTuner):
             if not self._check_target_module_exists(config, name):
                 continue
             targets[name] = module if self._is_own(module) else self._layer_for(module, name)
-            parent, _, child = name.rpartition(".")
-            check_is_called(model.get_submodule(parent), child, name)
-            check_in_one_place(model, name)
+            check_place(model, name, parents[id(module)])
         return targets
 
     # ---------------------------------------------------------------- injection
@@ -140,7 +134,10 @@ class PruningModel(BaseTuner):
         except ValueError:
             self.peft_config.pop(adapter_name, None)
             raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._targets = {}
         warn_if_nothing_trains(model, self.peft_config[adapter_name], adapter_name)
         warn_if_unreachable(adapter_name, pruning_layers(model, adapter_name))
 
@@ -172,7 +169,8 @@ class PruningModel(BaseTuner):
         if self._is_own(target):
             cast(PruningLayer, target).update_layer(adapter_name, peft_config, **how)
             return
-        layer = self._layer_for(target, current_key)
+        made = self._targets.pop(current_key, None)  # when it was checked
+        layer = made if made is not None and made.base_layer is target else self._layer_for(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, **how)
         if adapter_name not in self.active_adapters:

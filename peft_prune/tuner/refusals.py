@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..matching import pattern_of
 from ..peft_api import BaseTunerLayer
 from ..quantization import SUPPORTED, quantization_of
 from .weight_readers import reads_weight_of
@@ -31,10 +32,35 @@ def check_is_called(parent: nn.Module, child: str, name: str) -> None:
         )
 
 
-def check_in_one_place(model: nn.Module, name: str) -> None:
-    """Raise `TypeError` if a module belongs to several others: PEFT would replace it in one of them only."""
-    module = model.get_submodule(name)
-    parents = [parent for parent in model.modules() if any(child is module for child in parent._modules.values())]
+def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise `ValueError` if a key of `sparsity_pattern` matches none of the modules to be pruned."""
+    for key in patterns:
+        if not any(pattern_of([key], name) == key for name in names):
+            raise ValueError(
+                f"sparsity_pattern[{key!r}] matches none of the {len(names)} pruned modules, for instance "
+                f"{names[0]!r}. Correct the name, or remove the entry."
+            )
+
+
+def parents_of_modules(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that each module belongs to, by its `id`."""
+    parents: dict[int, list[nn.Module]] = {}
+    for parent in model.modules():
+        for child in {id(child) for child in parent._modules.values() if child is not None}:
+            parents.setdefault(child, []).append(parent)
+    return parents
+
+
+def check_place(model: nn.Module, name: str, parents: Sequence[nn.Module]) -> None:
+    """Raise `TypeError` if a module is not called by its parent, or has several: PEFT would replace it in one only.
+
+    Args:
+        model (`nn.Module`): the model.
+        name (`str`): the module's name in it.
+        parents (`Sequence[nn.Module]`): all that it belongs to, of [`parents_of_modules`].
+    """
+    parent, _, child = name.rpartition(".")
+    check_is_called(model.get_submodule(parent), child, name)
     if len(parents) > 1:
         kinds = sorted(type(parent).__name__ for parent in parents)
         raise TypeError(
