@@ -134,7 +134,7 @@ def test_sparsegpt_equals_the_plain_loop(pattern, block):
 
 
 def test_obs_of_one_weight():
-    """What one removed weight does to the others is the step of Optimal Brain Surgeon, over the columns to its right."""
+    """What one removed weight does to the others is Optimal Brain Surgeon's step on those to its right."""
     weight, x = problem(1, 8, dtype=torch.float64)
     gram = gram_of(x)
     mask, values = sparsegpt(weight, gram, 1 / 8, damping=0.0)

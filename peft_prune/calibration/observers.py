@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+
+from ..solvers.gram import add_inputs
 
 
 Counts = Sequence[Optional[torch.Tensor]]  # of encoder and decoder: bool, (batch, tokens): which are no padding
@@ -46,16 +48,13 @@ class Observer:
         assert counts is not None
         return counts
 
+    def real(self, key: str, decoder: bool, x: torch.Tensor) -> torch.Tensor:
+        """The tokens of an input that are no padding: shape (tokens, features).
 
-class InputNorms(Observer):
-    """`‖x_j‖₂` of each input j over all tokens that are no padding: float32, shape (in,), on the CPU."""
-
-    def __init__(self) -> None:
-        self._squares: dict[str, torch.Tensor] = {}
-
-    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
-        """Add the squares of an input."""
-        flat = x.detach().flatten(0, -2).float()
+        Raises:
+            ValueError: the layer saw other tokens than the batch has, and some of those are padding.
+        """
+        flat = x.detach().flatten(0, -2)
         # a layer may see the other side's tokens, as the keys and values of cross-attention do
         sides = (self.side(decoder), self.side(not decoder))
         counts = next((c for c in sides if c.shape == x.shape[:-1] or c.numel() == len(flat)), None)
@@ -66,19 +65,74 @@ class InputNorms(Observer):
             )
         if counts is not None and not bool(counts.all()):
             flat = flat[counts.flatten().to(flat.device)]
+        return flat
+
+
+class InputNorms(Observer):
+    """`‖x_j‖₂` of each input j over all tokens that are no padding: float32, shape (in,), on the CPU."""
+
+    def __init__(self) -> None:
+        self._squares: dict[str, torch.Tensor] = {}
+
+    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
+        """Add the squares of an input."""
+        flat = self.real(key, decoder, x).float()
         squares = flat.square().sum(0).cpu()
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
     def result(self, key: str) -> torch.Tensor:
         """The norms."""
-        if key not in self._squares:
-            raise ValueError(
-                f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it "
-                "out of target_modules."
-            )
+        check_called(key, self._squares)
         norms = self._squares.pop(key).sqrt()
         check_finite(key, norms)
         return norms
+
+
+class GramMatrices(Observer):
+    """`XᵀX` over all tokens that are no padding: shape (in, in), on the device of the inputs.
+
+    Layers that are given one and the same tensor, as queries, keys and values are, cost one product together.
+
+    Args:
+        dtype (`torch.dtype`): float32 or float64, whatever the dtype of the model.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._grams: dict[str, torch.Tensor] = {}
+        self._last: Optional[tuple[torch.Tensor, int, bool, torch.Tensor]] = None  # an input, and its product
+
+    def start(self, counts: Counts) -> None:
+        """Begin a batch."""
+        super().start(counts)
+        self._last = None
+
+    def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
+        """Add the product of an input with itself."""
+        last = self._last
+        if last is None or last[0] is not x or last[1] != x._version or last[2] != decoder:
+            flat = self.real(key, decoder, x)
+            zeros = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
+            last = self._last = (x, x._version, decoder, add_inputs(zeros, flat))
+        product = last[3]
+        self._grams[key] = self._grams[key].add_(product) if key in self._grams else product.clone()
+
+    def result(self, key: str) -> torch.Tensor:
+        """The Gram matrix."""
+        check_called(key, self._grams)
+        self._last = None
+        gram = self._grams.pop(key)
+        check_finite(key, gram)
+        return gram
+
+
+def check_called(key: str, seen: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if nothing came into a layer."""
+    if key not in seen:
+        raise ValueError(
+            f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it "
+            "out of target_modules."
+        )
 
 
 def check_finite(key: str, values: torch.Tensor) -> None:

@@ -20,9 +20,9 @@ def refit(
 ) -> torch.Tensor:
     """Minimise `tr((Ŵ − W) G (Ŵ − W)ᵀ)` over the weights that stay, by conjugate gradients with G's diagonal in front.
 
-    The solution of `(ŴG)_M = (WG)_M` with the damped G, row by row; one product with G a step serves all rows. (ALPS,
-    Meng et al. 2024, arXiv 2406.07831, section 3.2, does the same after its ADMM.) No row ends with a larger loss, without
-    the damping, than it began with.
+    The solution of `(ŴG)_M = (WG)_M` with the damped G, row by row; one product with G a step serves all rows. ALPS
+    (Meng et al. 2024, arXiv 2406.07831) does the same after its ADMM. No row ends with a larger loss, without the
+    damping, than it began with.
 
     Args:
         weight (`torch.Tensor`): W, floating point, shape (out, in).

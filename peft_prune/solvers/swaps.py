@@ -64,8 +64,12 @@ def improve_mask(
 
 @dataclass
 class _Rows:
-    """Rows that still gain: their numbers (int64), weights, `sign` (1 for what stays, −1 for what is removed), `eG` (all
-    three float, (rows, in)), and what a swap must gain.
+    """Rows that still gain.
+
+    Attributes:
+        numbers (`torch.Tensor`): which rows they are: int64, (rows,).
+        w, sign, effect (`torch.Tensor`): weights; 1 for what stays and −1 for what is removed; `eG`. Float, (rows, in).
+        least (`torch.Tensor`): what a swap has to gain: float, (rows,).
     """
 
     numbers: torch.Tensor
