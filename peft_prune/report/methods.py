@@ -17,6 +17,7 @@ _PAGES: dict[str, tuple[str, str]] = {
     "DSEE": ("DSEE", "dsee.md"),
     "PPRUNING": ("P-pruning", "ppruning.md"),
     "WANDA": ("Wanda", "wanda.md"),
+    "SPARSEGPT": ("SparseGPT", "sparsegpt.md"),
 }
 _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
     "MOVEMENT": (
@@ -27,6 +28,8 @@ _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
         {"update": "low_rank"},
         {"from_existing_zeros": True},
     ),
+    "WANDA": ({}, {"refine": "swaps"}, {"update": "low_rank"}),
+    "SPARSEGPT": ({"solver": "admm"}, {"solver": "sparsegpt"}),
 }
 
 

@@ -23,7 +23,6 @@ class Dense(StoredValues):
     random: bool = False
 
     label = "dense"
-    stores = "mask, and the kept values"
     tensors = ("update",)
     watched = ("update",)
     trains_under_mask = True

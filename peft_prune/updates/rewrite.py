@@ -20,7 +20,7 @@ class Rewrite(StoredValues):
             the values that will be loaded.
     """
 
-    label = "kept weights are rewritten"
+    label = "rewritten"
 
     def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
         """Put new values in force, rounded as they will be stored."""

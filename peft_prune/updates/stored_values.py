@@ -23,6 +23,7 @@ class StoredValues(Update):
     value_dtype: str = "float32"
 
     stored = ("values",)
+    stores = "mask, and the kept values"
 
     def add(self, layer: Any, name: str) -> None:
         """Room for the values of a final adapter: uint8, of the size that the record says; else what is trained."""

@@ -9,6 +9,7 @@ from peft_prune import (
     MovementPruningConfig,
     PPruningConfig,
     SMPConfig,
+    SparseGPTConfig,
     WandaConfig,
     calibrate,
     create_pruning_optimizer,
@@ -18,7 +19,7 @@ from peft_prune import (
 from peft_prune.layers.layer import pruning_layers
 
 
-METHODS = ("smp", "movement", "dsee", "ppruning", "wanda")
+METHODS = ("smp", "movement", "dsee", "ppruning", "wanda", "sparsegpt")
 TRAINED, CALIBRATED = METHODS[:3], METHODS[3:]
 
 
@@ -33,6 +34,8 @@ def config(method, **fields):
         return DSEEConfig(
             **{"r": 2, "num_sparse": 3, "sparsity": 0.5, "prune_target_modules": fields.get("target_modules")} | fields
         )
+    if method == "sparsegpt":
+        return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32"} | fields)
     if method == "wanda":
         return WandaConfig(**{"sparsity": 0.5} | fields)
     return PPruningConfig(**{"criterion": "random", "keep_ratio": 0.5} | fields)
@@ -47,7 +50,7 @@ def inputs_of(model):
 def advance(model, method, name=None):
     """To the end of the schedule, with an update that is not zero; final only if the method is calibrated."""
     if method in CALIBRATED:
-        calibrate(model, inputs_of(model) if method == "wanda" else None, name)
+        calibrate(model, None if method == "ppruning" else inputs_of(model), name)
         return model
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
