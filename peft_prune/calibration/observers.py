@@ -58,7 +58,9 @@ class Observer:
         # a layer may see the other side's tokens, as the keys and values of cross-attention do
         sides = (self.side(decoder), self.side(not decoder))
         counts = next((c for c in sides if c.shape == x.shape[:-1] or c.numel() == len(flat)), None)
-        if counts is None and not all(bool(c.all()) for c in self.counts if c is not None):
+        # an input whose first dimension is not the batch holds no tokens, such as DeBERTa's relative positions
+        of_batch = x.dim() < 3 or x.shape[0] == len(sides[0])
+        if counts is None and of_batch and not all(bool(c.all()) for c in self.counts if c is not None):
             raise ValueError(
                 f"calibrate: {key!r} saw {len(flat)} tokens where the batch has {self.side(decoder).numel()}, so "
                 "padding cannot be told from text. Calibrate with texts of one length, cut instead of padded."
