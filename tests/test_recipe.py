@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.architectures import batches, make
+from helpers import architectures
 from helpers.methods import METHODS, adapter, config
 from helpers.models import logits, make_bert, make_gpt2, make_llama
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -264,8 +264,8 @@ def test_padding_does_not_count_for_wanda():
 
 @pytest.mark.parametrize("name", ["deberta-v2", "t5", "gpt2", "vit"])
 def test_wanda_walks_other_architectures(name):
-    model = get_peft_model(make(name), WandaConfig())
-    assert calibrate(model, batches(name))["sparsity"] == pytest.approx(0.5, abs=0.01)
+    model = get_peft_model(architectures.make(name), WandaConfig())
+    assert calibrate(model, architectures.batches(name))["sparsity"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_an_interrupted_calibration_leaves_nothing_half_pruned():
