@@ -30,6 +30,7 @@ from peft_prune import (
     PruningCallback,
     PruningTrainer,
     SMPConfig,
+    SparseGPTConfig,
     WandaConfig,
     calibrate,
     penalty,
@@ -174,12 +175,17 @@ def calibrated(folder):
     pruned_by = {
         "ppruning": PPruningConfig(keep_ratio=0.6, num_tokens=40, sequence_length=10),
         "wanda": WandaConfig(sparsity=0.5),
+        "sparsegpt": SparseGPTConfig(sparsity=0.5),
+        "low rank": WandaConfig(sparsity=0.5, update="low_rank", r=3),
     }
     for method, config in pruned_by.items():
         model = get_peft_model(make_bert(), config)
         calibrate(model, batches()[2 * rank :])
         masks = torch.cat([layer.get_mask("default").flatten() for layer in pruning_layers(model)])
-        torch.save({"masks": masks}, folder / f"{method}-{rank}.pt")
+        weights = torch.cat(
+            [layer.adapted("default", layer.matrix).detach().flatten() for layer in pruning_layers(model)]
+        )
+        torch.save({"masks": masks, "weights": weights}, folder / f"{method}-{rank}.pt")
 
 
 def killed(folder, strategies):

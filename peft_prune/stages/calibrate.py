@@ -108,6 +108,10 @@ def _choose(
             layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
             recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
             host.seen = None
+            with torch.no_grad():
+                for held in (layer.held(kind) for kind in recipe.update.tensors):
+                    if name in held:  # what the update starts from, too, is that of the first process
+                        held[name].copy_(agreed(held[name].detach().cpu()))
 
     walk(model, watched, batches, observer, config.num_samples, after_block, device)
 
