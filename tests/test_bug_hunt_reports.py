@@ -410,6 +410,7 @@ def test_a_penalty_is_printed(tmp_path, capsys):
 CALIBRATE = """
 import sys, torch
 sys.path.insert(0, {tests!r})
+from helpers.models import make_bert
 from peft import get_peft_model
 from peft_prune import PPruningConfig, calibrate
 from transformers.utils import logging

@@ -538,7 +538,10 @@ def test_export(method, tmp_path, batch):
     module = PeftModel.from_pretrained(make(), tmp_path).eval().get_base_model()
     module = module if method in TRAINED else Logits(module)
     with torch.no_grad():
-        with pytest.raises(RuntimeError, match="Call the model once before torch.export"):
+        if method in ("movement", "sparsegpt"):  # kept values are decoded when they are needed, masks when loaded
+            with pytest.raises(RuntimeError, match="Call the model once before torch.export"):
+                torch.export.export(module, (ids,), strict=False)
+        else:
             torch.export.export(module, (ids,), strict=False)
         expected = module(ids)
         for strict in (False, True):

@@ -12,6 +12,10 @@ from ..storage.values import encode_values
 from .base import Update
 
 
+# torch before 2.7 cannot tell
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 @dataclass(frozen=True)
 class StoredValues(Update):
     """An update of which a final adapter holds the kept values.
@@ -40,6 +44,11 @@ class StoredValues(Update):
     def inside(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """The kept values once they are final; what the update makes of the matrix before."""
         if name in layer.held("values"):
+            if layer.host[name].values is None and _is_exporting():  # its tensors are fake
+                raise RuntimeError(
+                    f"The values of {layer.module_name!r} have not been decoded yet. Call the model once before "
+                    "torch.export."
+                )
             return self.kept_values(layer, name).to(matrix.dtype)
         return super().inside(layer, name, matrix)
 
