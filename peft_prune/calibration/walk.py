@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Optional
 
 import torch
@@ -297,6 +296,6 @@ def _whole_model(
     model: nn.Module, watched: Watched, taken: list[tuple[dict[str, torch.Tensor], Counts]], observer: Observer
 ) -> None:
     with _watching(watched, observer):
-        for inputs, counts in islice(taken, None):
+        for inputs, counts in taken:
             observer.start(counts)
             model(**_to(inputs, _device(model)))
