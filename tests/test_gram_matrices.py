@@ -41,19 +41,45 @@ def test_gram_matrices_leave_padding_out(dtype, accumulated):
         observer.result("layer")  # it is forgotten
 
 
-def test_layers_with_the_same_input_cost_one_product(monkeypatch):
-    products, add_inputs = [], observers.add_inputs
-    monkeypatch.setattr(observers, "add_inputs", lambda gram, x: products.append(len(x)) or add_inputs(gram, x))
-    model, observer = Attention(), GramMatrices()
+def watch(model, observer):
     for name in ("q", "k"):
         layer = model.get_submodule(name)
         layer.register_forward_pre_hook(lambda module, args, name=name: observer.see(name, False, args[0]))
+
+
+def test_layers_with_the_same_input_cost_one_product_and_one_matrix(monkeypatch):
+    products, add = [], observers.add_triangle
+    monkeypatch.setattr(observers, "add_triangle", lambda gram, x: products.append(len(x)) or add(gram, x))
+    model, observer, tokens = Attention(), GramMatrices(), []
+    watch(model, observer)
     for x, counts in batches():
         observer.start((counts, None))
         model(x)
+        tokens.append(x[counts])
     assert len(products) == 3
-    q, k = observer.result("q"), observer.result("k")
-    assert torch.equal(q, k) and q.data_ptr() != k.data_ptr()
+    q, k, kept = observer.result("q"), observer.result("k"), torch.cat(tokens)
+    assert q.data_ptr() == k.data_ptr()
+    torch.testing.assert_close(q, kept.T @ kept)
+    with pytest.raises(ValueError, match="'k' was not called"):
+        observer.result("k")
+
+
+def test_layers_that_share_an_input_later_or_no_longer():
+    x, counts = next(batches())
+    kept, other = x[counts], 3 * x
+    observer = GramMatrices()
+    for inputs in ((x, other), (x, x)):  # only the first batch tells who shares, so each has its own
+        observer.start((counts, None))
+        observer.see("q", False, inputs[0])
+        observer.see("k", False, inputs[1])
+    torch.testing.assert_close(observer.result("k"), 10 * kept.T @ kept)
+    torch.testing.assert_close(observer.result("q"), 2 * kept.T @ kept)
+    for inputs in ((x, x), (x, other)):
+        observer.start((counts, None))
+        observer.see("q", False, inputs[0])
+        observer.see("k", False, inputs[1])
+    with pytest.raises(ValueError, match="'k' and 'q' have one input in some batches, and not in others"):
+        observer.result("k")
 
 
 def test_an_input_that_was_changed_in_place_is_seen_again():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.problems import PATTERNS, assert_pattern, gram_of, problem, wanda_mask
 
+from peft_prune.selection.topk import largest_in_rows
 from peft_prune.solvers import (
     add_inputs,
     admm,
@@ -16,7 +17,7 @@ from peft_prune.solvers import (
     refit,
     sparsegpt,
 )
-from peft_prune.solvers.pattern import choose, largest_in_rows
+from peft_prune.solvers.pattern import choose
 
 
 # ------------------------------------------------------------ gram

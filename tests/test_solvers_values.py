@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.problems import PATTERNS, assert_pattern, gram_of, problem, wanda_mask
 
+from peft_prune.selection.topk import largest_in_rows
 from peft_prune.solvers import (
     admm,
     improve_mask,
@@ -17,7 +18,6 @@ from peft_prune.solvers import (
     refit_exactly,
     sparsegpt,
 )
-from peft_prune.solvers.pattern import largest_in_rows
 
 
 # ------------------------------------------------------------ least squares

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
 import torch
 
-from ..solvers.gram import add_inputs
+from ..solvers.gram import add_triangle, mirror_triangle
 
 
 Counts = Sequence[Optional[torch.Tensor]]  # of encoder and decoder: bool, (batch, tokens): which are no padding
@@ -93,7 +94,7 @@ class InputNorms(Observer):
 class GramMatrices(Observer):
     """`XᵀX` over all tokens that are no padding: shape (in, in), on the device of the inputs.
 
-    Layers that are given one and the same tensor, as queries, keys and values are, cost one product together.
+    Layers that are given one and the same tensor, as queries, keys and values are, share one matrix: do not change it.
 
     Args:
         dtype (`torch.dtype`): float32 or float64, whatever the dtype of the model.
@@ -101,8 +102,11 @@ class GramMatrices(Observer):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self._grams: dict[str, torch.Tensor] = {}
-        self._last: Optional[tuple[torch.Tensor, int, bool, torch.Tensor]] = None  # an input, and its product
+        self._sums: dict[str, torch.Tensor] = {}  # by the layer that sees a tensor first: one triangle
+        self._led: Counter[str] = Counter()  # how often each did
+        self._followed: dict[str, tuple[str, int]] = {}  # by the others: whom they follow, and how often
+        self._waiting: set[str] = set()  # layers whose result was not asked for
+        self._last: Optional[tuple[torch.Tensor, int, bool, str]] = None  # an input, and who saw it first
 
     def start(self, counts: Counts) -> None:
         """Begin a batch."""
@@ -110,25 +114,51 @@ class GramMatrices(Observer):
         self._last = None
 
     def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
-        """Add the product of an input with itself."""
+        """Add the product of an input with itself, or note that another layer's product has it in it."""
         last = self._last
-        if last is None or last[0] is not x or last[1] != x._version or last[2] != decoder:
-            flat = self.real(key, decoder, x)
-            zeros = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
-            last = self._last = (x, x._version, decoder, add_inputs(zeros, flat))
-        product = last[3]
-        self._grams[key] = self._grams[key].add_(product) if key in self._grams else product.clone()
+        if last is not None and last[0] is x and last[1:3] == (x._version, decoder) and self._follows(key, last[3]):
+            return
+        flat = self.real(key, decoder, x)
+        if key not in self._sums:
+            self._sums[key] = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
+        add_triangle(self._sums[key], flat)
+        self._led[key] += 1
+        self._waiting.add(key)
+        self._last = (x, x._version, decoder, key)
+
+    def _follows(self, key: str, leader: str) -> bool:
+        """Whether a layer's input is in the product of another, in all batches so far."""
+        known, times = self._followed.get(key, (leader, 0))
+        if known != leader or times != self._led[leader] - 1:
+            return False
+        self._followed[key] = (leader, times + 1)
+        self._waiting.add(key)
+        return True
 
     def result(self, key: str) -> torch.Tensor:
-        """The Gram matrix."""
-        check_called(key, self._grams)
+        """The Gram matrix.
+
+        Raises:
+            ValueError: as for every observer; or the layer had another one's input in some batches only.
+        """
+        check_called(key, self._waiting)
+        leader, times = self._followed.pop(key, (key, self._led[key]))
+        if times != self._led[leader]:
+            raise ValueError(
+                f"calibrate: {key!r} and {leader!r} have one input in some batches, and not in others, so what is "
+                "known of it cannot be shared. Take one of them out of target_modules."
+            )
+        grams = [self._sums[name] for name in {leader, key} if name in self._sums]
+        gram = mirror_triangle(grams[0]) if len(grams) == 1 else mirror_triangle(grams[0] + grams[1])
+        self._waiting.remove(key)
         self._last = None
-        gram = self._grams.pop(key)
+        if not self._waiting:
+            self._sums, self._led, self._followed = {}, Counter(), {}
         check_finite(key, gram)
         return gram
 
 
-def check_called(key: str, seen: Mapping[str, Any]) -> None:
+def check_called(key: str, seen: Collection[str]) -> None:
     """Raise `ValueError` if nothing came into a layer."""
     if key not in seen:
         raise ValueError(

@@ -2,15 +2,18 @@
 
 Without `after_block` one forward pass shows all layers. With it, one block follows after the other: `after_block` is
 called when a block's inputs have been seen, may change the block's masks, and the next block sees what the changed one
-puts out. Only one block's notes are in memory at a time.
+puts out. Only one block's notes are in memory at a time. A block is run twice: until its layers' inputs have been seen,
+and once it is pruned. Nothing behind the last layer of interest is run, such as a language model's head.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
+from .capture import Call, Stop, capture, hidden_states, to_device
 from .observers import Counts, Observer
 
 
@@ -25,10 +29,6 @@ Watched = Mapping[str, tuple[nn.Module, bool]]  # by name: a layer, and whether 
 AfterBlock = Callable[[list[str]], None]
 
 _BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\..+")
-
-
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
 
 
 def walk(
@@ -92,17 +92,44 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def _watching(watched: Watched, observer: Observer) -> Iterator[None]:
-    def note(key: str, decoder: bool) -> Any:
-        return lambda module, args: observer.see(key, decoder, args[0])
+class _Watch:
+    """Has an observer see the inputs of some layers, in passes that end when there is nothing left to see.
 
-    handles = [module.register_forward_pre_hook(note(key, dec)) for key, (module, dec) in watched.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    A pass runs to its end unless each layer was called once in the first one: what is dynamic may call some again.
+    """
+
+    def __init__(self, watched: Watched, observer: Observer) -> None:
+        self.watched, self.observer = watched, observer
+        self._calls: Counter[str] = Counter()
+        self._first, self._stops = True, False
+
+    def __enter__(self) -> _Watch:
+        self._handles = [m.register_forward_pre_hook(self._note(key, dec)) for key, (m, dec) in self.watched.items()]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
             handle.remove()
+
+    def run(self, counts: Counts, forward: Callable[[], Any]) -> None:
+        """One forward pass, of a batch with these real tokens."""
+        self._calls.clear()
+        self.observer.start(counts)
+        try:
+            forward()
+        except Stop:
+            pass
+        if self._first:
+            self._first, self._stops = False, all(self._calls[key] == 1 for key in self.watched)
+
+    def _note(self, key: str, decoder: bool) -> Any:
+        def note(module: nn.Module, args: tuple) -> None:
+            self.observer.see(key, decoder, args[0])
+            self._calls[key] += 1
+            if self._stops and len(self._calls) == len(self.watched):
+                raise Stop
+
+        return note
 
 
 # --------------------------------------------------------------------- one pass
@@ -111,11 +138,10 @@ def _watching(watched: Watched, observer: Observer) -> Iterator[None]:
 def _in_one_pass(
     model: nn.Module, watched: Watched, batches: Iterable[Any], observer: Observer, num_samples: int
 ) -> None:
-    with _watching(watched, observer), tqdm(desc="calibrate: run the model", unit="example") as bar:
+    with _Watch(watched, observer) as watch, tqdm(desc="calibrate: run the model", unit="example") as bar:
         bar.total = num_samples
         for inputs, counts in _taken(model, batches, num_samples, _device(model)):
-            observer.start(counts)
-            model(**inputs)
+            watch.run(counts, partial(model, **inputs))
             examples = len(next(iter(inputs.values())))
             if not bar.n:
                 bar.total = _examples_ahead(batches, examples, num_samples)
@@ -160,14 +186,6 @@ def find_stacks(model: nn.Module, names: Iterable[str]) -> tuple[list[_Stack], l
     return sorted(stacks.values(), key=lambda stack: order.index(stack.path)), outside
 
 
-@dataclass
-class _Call:
-    """A call of a block: its other arguments; the hidden states are handed from block to block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 def _block_by_block(
     model: nn.Module,
     watched: Watched,
@@ -199,15 +217,14 @@ def _one_stack(
     home = _device(model)
     last = max(stack.layers)
     numbers = [number for number in sorted(stack.blocks) if number <= last]
-    hidden, calls = _capture(model, [stack.blocks[n] for n in numbers], [inputs for inputs, _ in taken])
+    hidden, calls = capture(model, [stack.blocks[n] for n in numbers], [inputs for inputs, _ in taken])
     for i, number in enumerate(numbers):
         block, names = stack.blocks[number], stack.layers.get(number, [])
         block.to(device or home)
         if names:
-            with _watching({key: watched[key] for key in names}, observer):
+            with _Watch({key: watched[key] for key in names}, observer) as watch:
                 for (_, counts), states, call in zip(taken, hidden, calls[i], strict=True):
-                    observer.start(counts)
-                    _run(block, states, call, device or home)
+                    watch.run(counts, partial(_run, block, states, call, device or home))
             after_block(names)
             bar.update()
         if number != last:
@@ -215,87 +232,15 @@ def _one_stack(
         block.to(home)
 
 
-def _run(block: nn.Module, hidden: torch.Tensor, call: _Call, device: Any) -> torch.Tensor:
+def _run(block: nn.Module, hidden: torch.Tensor, call: Call, device: Any) -> torch.Tensor:
     """Hidden states after a block, on the CPU."""
-    output = block(*_to((hidden, *call.args), device), **_to(call.kwargs, device))
-    return (output[0] if isinstance(output, tuple) else output).cpu()
-
-
-def _to(value: Any, device: Any) -> Any:
-    """A value with its tensors on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(entry, device) for key, entry in value.items()}
-    return type(value)(_to(entry, device) for entry in value) if type(value) in (tuple, list) else value
-
-
-def _capture(
-    model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, torch.Tensor]]
-) -> tuple[list[torch.Tensor], list[list[_Call]]]:
-    """Hidden states that come into the first block, and the other arguments of each block, for each batch.
-
-    Raises:
-        ValueError: a block does not take what the one before it puts out, or it is not the only thing between them.
-    """
-    hidden: list[torch.Tensor] = []
-    calls: list[list[_Call]] = [[] for _ in blocks]
-    put_out: list[Any] = [None] * len(blocks)
-
-    def before(i: int) -> Any:
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            states, call = _split(args, kwargs)
-            if i and put_out[i - 1] is not states:
-                raise ValueError(
-                    f"calibrate: {type(module).__name__} does not take what the block before it puts out, so blocks "
-                    "cannot be walked one by one in this model."
-                )
-            calls[i].append(call)
-            if not i:
-                hidden.append(states.cpu())
-            if i == len(blocks) - 1:
-                raise _Stop
-
-        return note
-
-    def after(i: int) -> Any:
-        def note(module: nn.Module, args: tuple, output: Any) -> None:
-            put_out[i] = output[0] if isinstance(output, tuple) else output
-
-        return note
-
-    handles: list[Any] = [b.register_forward_pre_hook(before(i), with_kwargs=True) for i, b in enumerate(blocks)]
-    handles += [b.register_forward_hook(after(i)) for i, b in enumerate(blocks)]
-    try:
-        for inputs in batches:
-            try:
-                model(**_to(inputs, _device(model)) | _without_cache(model))
-            except _Stop:
-                pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hidden, calls
-
-
-def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, _Call]:
-    """Hidden states and the rest of a block's arguments."""
-    if args:
-        return args[0], _Call(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), _Call((), rest)
-
-
-def _without_cache(model: nn.Module) -> dict[str, Any]:
-    """Keys and values are not to be remembered from one run of a block to the next."""
-    config = getattr(model, "config", None)
-    return {"use_cache": False} if getattr(config, "use_cache", False) else {}
+    output = block(*to_device((hidden, *call.args), device), **to_device(call.kwargs, device))
+    return hidden_states(output).cpu()
 
 
 def _whole_model(
     model: nn.Module, watched: Watched, taken: list[tuple[dict[str, torch.Tensor], Counts]], observer: Observer
 ) -> None:
-    with _watching(watched, observer):
+    with _Watch(watched, observer) as watch:
         for inputs, counts in taken:
-            observer.start(counts)
-            model(**_to(inputs, _device(model)))
+            watch.run(counts, partial(model, **to_device(inputs, _device(model))))

@@ -14,7 +14,7 @@ from ..names import module_kind
 from ..selection.allocation import allocate_by_score, allocate_globally
 from ..selection.device import on_cpu
 from ..selection.granularity import spread
-from ..selection.topk import n_m_mask
+from ..selection.topk import largest_in_rows
 from .base import Count, Rule
 
 
@@ -110,7 +110,7 @@ class TopKOnce(Rule):
         if self.group == "matrix" or ":" in self.granularity:
             return spread(host.granularity.units(ranking, kept), layer.block(name))
         in_row = max(1, round((1.0 - layer.target_sparsity(name)) * ranking.shape[1]))
-        return n_m_mask(ranking, in_row, ranking.shape[1])
+        return largest_in_rows(ranking, in_row)
 
 
 _GROUPS = {"local": "matrix", "score": "kind of matrix", "global": "model"}

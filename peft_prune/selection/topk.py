@@ -125,9 +125,41 @@ def n_m_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: bool, shape (out, in), exactly `n` of every `m` entries of a row `True`.
     """
-    groups = scores.detach().reshape(-1, m)
-    if on_cpu(groups):
-        check_ranked(groups)
-    order = groups.argsort(dim=1, descending=True, stable=True)[:, :n]
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
-    return mask.view(scores.shape)
+    return largest_in_rows(scores.detach().reshape(-1, m), n).view(scores.shape)
+
+
+def largest_in_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask of the `k` largest scores of each row; of equal ones the first.
+
+    On a CPU by NumPy's partition, many times as fast as a sort; rows in which scores are tied are sorted.
+
+    Args:
+        scores (`torch.Tensor`): floating point, shape (rows, columns).
+        k (`int`): from 0 to the number of columns.
+
+    Returns:
+        `torch.Tensor`: bool, shape (rows, columns), exactly `k` entries of a row `True`.
+
+    Raises:
+        ValueError: the scores hold NaN; not noticed on an accelerator.
+    """
+    columns = scores.shape[1]
+    if not on_cpu(scores):
+        return _first_of_sorted(scores, k)
+    check_ranked(scores)
+    if k in (0, columns):
+        return torch.full_like(scores, k == columns, dtype=torch.bool)
+    scores = scores.detach()
+    values = (scores if scores.dtype in (torch.float32, torch.float64) else scores.float()).numpy()
+    mask = values >= np.partition(values, columns - k, axis=1)[:, columns - k, None]
+    tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
+    result = torch.from_numpy(mask)
+    if len(tied):
+        rows = torch.from_numpy(tied)
+        result[rows] = _first_of_sorted(scores[rows], k)
+    return result
+
+
+def _first_of_sorted(scores: torch.Tensor, k: int) -> torch.Tensor:
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)

@@ -32,12 +32,24 @@ def add_inputs(gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             f"gram has shape {tuple(gram.shape)}, but inputs of shape {tuple(x.shape)} need (in, in) with in = "
             f"{x.shape[-1] if x.dim() else 'their last size'}. Start with torch.zeros(in, in)."
         )
+    return mirror_triangle(add_triangle(gram, x))
+
+
+def add_triangle(gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[`add_inputs`] for the upper triangle only; what is below it is not to be read until [`mirror_triangle`]."""
     flat = x.detach().reshape(-1, x.shape[-1]).to(gram)
     if not on_cpu(gram):
         return gram.addmm_(flat.T, flat)
     for start in range(0, len(gram), _STRIPE):
         end = start + _STRIPE
         gram[start:end, start:].addmm_(flat[:, start:end].T, flat[:, start:])
+    return gram
+
+
+def mirror_triangle(gram: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of a matrix that [`add_triangle`] made to the lower one, in place; the same matrix."""
+    for start in range(0, len(gram) if on_cpu(gram) else 0, _STRIPE):
+        end = start + _STRIPE
         gram[end:, start:end] = gram[start:end, end:].T
     return gram
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..selection.device import on_cpu
-from ..selection.topk import n_m_mask
+from ..selection.topk import largest_in_rows, n_m_mask
 
 
 Pattern = float | tuple[int, int]  # a sparsity in [0, 1), or (n, m): n of every m weights along a row stay
@@ -47,31 +45,5 @@ def choose(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         `torch.Tensor`: bool, shape (out, in), the same number in each row or group.
     """
     if isinstance(pattern, tuple):
-        n, m = pattern
-        return largest_in_rows(scores.reshape(-1, m), n).view(scores.shape)
+        return n_m_mask(scores, *pattern)
     return largest_in_rows(scores, kept_in_row(pattern, scores.shape[1]))
-
-
-def largest_in_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask of the `k` largest scores of each row; on a CPU by NumPy, which is several times as fast.
-
-    Args:
-        scores (`torch.Tensor`): floating point, finite, shape (rows, columns).
-        k (`int`): from 1 to the number of columns.
-
-    Returns:
-        `torch.Tensor`: bool, shape (rows, columns), exactly `k` entries of a row `True`.
-    """
-    columns = scores.shape[1]
-    if k == columns:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if not on_cpu(scores):
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(k, dim=1).indices, True)
-    values = scores.detach().numpy()
-    mask = values >= np.partition(values, columns - k, axis=1)[:, columns - k, None]
-    tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
-    result = torch.from_numpy(mask)
-    if len(tied):
-        rows = torch.from_numpy(tied)
-        result[rows] = n_m_mask(scores[rows], k, columns)
-    return result

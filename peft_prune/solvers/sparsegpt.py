@@ -50,7 +50,7 @@ def sparsegpt(
         now = columns[start:end] - inverse.T @ (factor[:start, start:end].T @ error[:start])
         chosen = None if isinstance(pattern, tuple) else _by_threshold(now, inverse, pattern, start)
         mask[start:end] = _prune(now, inverse, pattern, chosen)
-        error[start:end] = now - columns[start:end]
+        error[start:end] = now * mask[start:end] - columns[start:end]
     return mask.T.contiguous(), ((columns + error) * mask).T.contiguous()
 
 
@@ -71,10 +71,11 @@ def _importance(now: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
 
 
 def _prune(now: torch.Tensor, inverse: torch.Tensor, pattern: Pattern, chosen: torch.Tensor | None) -> torch.Tensor:
-    """Prune a block in place, and make up within it.
+    """Choose what stays of a block, and make up in place within it.
 
     Args:
-        now (`torch.Tensor`): columns of the block, as rows: (columns, out). Holds the pruned values afterwards.
+        now (`torch.Tensor`): columns of the block, as rows: (columns, out). Holds what they were when their turn came
+            afterwards; the mask is still to be applied.
         inverse (`torch.Tensor`): `U` of the block, upper triangular.
         pattern: a sparsity, or (n, m).
         chosen (`torch.Tensor`, *optional*): the mask, bool, (columns, out); without, groups choose when their turn
@@ -84,12 +85,14 @@ def _prune(now: torch.Tensor, inverse: torch.Tensor, pattern: Pattern, chosen: t
         `torch.Tensor`: the mask, bool, (columns, out).
     """
     mask = torch.empty_like(now, dtype=torch.bool) if chosen is None else chosen
-    diagonal = inverse.diagonal().tolist()
-    for j in range(len(now)):
+    removed = torch.empty_like(now) if chosen is None else (~chosen).to(now)
+    diagonal = inverse.diagonal()
+    shares = (-inverse / diagonal[:, None]).unbind()  # of a row's error, for each of the rows below
+    rows, of_rows = now.unbind(), removed.unbind()
+    for j, row in enumerate(rows):
         if chosen is None and isinstance(pattern, tuple) and j % pattern[1] == 0:
             group = slice(j, j + pattern[1])
-            mask[group] = choose(_importance(now[group], inverse.diagonal()[group]).T.contiguous(), pattern).T
-        kept = now[j] * mask[j]
-        now[j + 1 :].addr_(inverse[j, j + 1 :], (now[j] - kept) / diagonal[j], alpha=-1)
-        now[j] = kept
+            mask[group] = choose(_importance(now[group], diagonal[group]).T.contiguous(), pattern).T
+            removed[group] = ~mask[group]
+        now[j + 1 :].addr_(shares[j][j + 1 :], row * of_rows[j])
     return mask

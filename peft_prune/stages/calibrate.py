@@ -106,6 +106,8 @@ def _choose(
             host.seen = observer.result(path)
             mask, values = recipe.rule.solve(layer, name)
             layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
+            if name in layer.progress:  # where an update is trained, its counters say what is kept
+                layer.set_kept(name, int(layer.get_mask(name).sum()), *layer.steps(name))
             recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
             host.seen = None
             with torch.no_grad():

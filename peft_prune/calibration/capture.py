@@ -1,0 +1,180 @@
+"""What comes into the blocks of a stack, with as little of the model run as possible.
+
+The hidden states are needed for the first block only: from there on they are handed from block to block. What else a
+block is called with (masks, rotary embeddings) rarely depends on the blocks before it. So one batch goes through all
+blocks, and then through stand-ins that return what comes in. If both times every block was called with the same, other
+batches go through the stand-ins, which cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+
+class Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@dataclass
+class Call:
+    """A call of a block: its other arguments; the hidden states are handed from block to block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def to_device(value: Any, device: Any) -> Any:
+    """A value with its tensors on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(entry, device) for key, entry in value.items()}
+    return type(value)(to_device(entry, device) for entry in value) if type(value) in (tuple, list) else value
+
+
+def capture(
+    model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, torch.Tensor]]
+) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    """Hidden states that come into the first block, and the other arguments of each block, for each batch.
+
+    Args:
+        model (`nn.Module`): the model.
+        blocks (`list[nn.Module]`): blocks that follow each other.
+        batches (`list[dict[str, torch.Tensor]]`): arguments of the model.
+
+    Returns:
+        `tuple[list[torch.Tensor], list[list[Call]]]`: hidden states of each batch (on the CPU); calls of each block.
+
+    Raises:
+        ValueError: a block does not take what the one before it puts out, or it is not the only thing between them.
+    """
+    first = _Recorder(blocks)
+    first.run(model, batches[:1])
+    hand_on = len(batches) > 1 and _hands_on(model, blocks, batches[0], first)
+    others = _Recorder(blocks)
+    with _stand_ins(blocks, first.put_out if hand_on else None):
+        others.run(model, batches[1:])
+    return first.hidden + others.hidden, [a + b for a, b in zip(first.calls, others.calls, strict=True)]
+
+
+class _Recorder:
+    """Notes what blocks are called with, and stops before the last one is run."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self.blocks = blocks
+        self.hidden: list[torch.Tensor] = []
+        self.calls: list[list[Call]] = [[] for _ in blocks]
+        self.put_out: list[Any] = [None] * len(blocks)  # by each block, in the last batch
+
+    def run(self, model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+        numbered = list(enumerate(self.blocks))
+        handles: list[Any] = [b.register_forward_pre_hook(self._before(i), with_kwargs=True) for i, b in numbered]
+        handles += [b.register_forward_hook(self._after(i)) for i, b in numbered]
+        try:
+            for inputs in batches:
+                try:
+                    model(**to_device(inputs, next(model.parameters()).device) | _without_cache(model))
+                except Stop:
+                    pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, i: int) -> Any:
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            states, call = _split(args, kwargs)
+            if i and hidden_states(self.put_out[i - 1]) is not states:
+                raise ValueError(
+                    f"calibrate: {type(module).__name__} does not take what the block before it puts out, so blocks "
+                    "cannot be walked one by one in this model."
+                )
+            self.calls[i].append(call)
+            if not i:
+                self.hidden.append(states.cpu())
+            if i == len(self.blocks) - 1:
+                raise Stop
+
+        return note
+
+    def _after(self, i: int) -> Any:
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            self.put_out[i] = output
+
+        return note
+
+
+def hidden_states(output: Any) -> Any:
+    """Hidden states in what a block puts out."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
+    """Hidden states and the rest of a block's arguments."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), Call((), rest)
+
+
+def _without_cache(model: nn.Module) -> dict[str, Any]:
+    """Keys and values are not to be remembered from one run of a block to the next."""
+    config = getattr(model, "config", None)
+    return {"use_cache": False} if getattr(config, "use_cache", False) else {}
+
+
+# ------------------------------------------------------------------- stand-ins
+
+
+def _hands_on(model: nn.Module, blocks: list[nn.Module], batch: dict[str, torch.Tensor], real: _Recorder) -> bool:
+    """Whether blocks hand on nothing but hidden states, so that stand-ins show what each is called with."""
+    rest = [output[1:] for output in real.put_out[:-1] if isinstance(output, tuple)]
+    if any(entry is not None for entries in rest for entry in entries):
+        return False  # T5's first block computes the position bias of all
+    again = _Recorder(blocks)
+    with _stand_ins(blocks, real.put_out):
+        again.run(model, [batch])
+    pairs = [pair for one, two in zip(real.calls, again.calls, strict=True) for pair in zip(one, two, strict=True)]
+    return all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in pairs)
+
+
+@contextmanager
+def _stand_ins(blocks: list[nn.Module], put_out: Optional[list[Any]]) -> Iterator[None]:
+    """Let blocks return the hidden states that come in, in the form of an output that was seen; `None`: as they are."""
+    before = [vars(block).get("forward") for block in blocks]  # Accelerate, for one, puts another one there
+    try:
+        for block, output in zip(blocks, put_out or [], strict=False):
+            block.forward = _passing_on(output)
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is not None:
+                block.forward = own
+            elif "forward" in vars(block):
+                del block.forward
+
+
+def _passing_on(output: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states, _ = _split(args, kwargs)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return forward
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are alike, tensors by their values. Objects that are no plain ones have to be one."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, (int, float, str)) and one == other)

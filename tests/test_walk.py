@@ -1,0 +1,167 @@
+"""The calibration walk: what it runs, and that what it leaves out would have shown nothing else."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import architectures
+from helpers.models import make_llama
+from peft import get_peft_model
+from torch import nn
+
+from peft_prune import PPruningConfig, SparseGPTConfig, WandaConfig, calibrate
+from peft_prune.calibration import capture as capturing
+from peft_prune.calibration.capture import capture
+from peft_prune.calibration.observers import GramMatrices, InputNorms
+from peft_prune.calibration.walk import walk
+from peft_prune.layers.layer import pruning_layers
+
+
+def llama_batches(count=4):
+    generator = torch.Generator().manual_seed(4)
+    return [{"input_ids": torch.randint(0, 90, (2, 11), generator=generator)} for _ in range(count)]
+
+
+def count_calls(model, *endings):
+    calls = Counter()
+    for name, module in model.named_modules():
+        if name.endswith(endings):
+            module.register_forward_hook(lambda *args, name=name: calls.update([name]))
+    return calls
+
+
+def test_a_block_is_run_twice_and_the_head_never():
+    model = get_peft_model(make_llama(), SparseGPTConfig(task_type="CAUSAL_LM"))
+    calls = count_calls(model, "self_attn", "lm_head", "down_proj")
+    calibrate(model, llama_batches(4))
+    last = max(name.split(".")[4] for name in calls)
+    for name, times in calls.items():
+        whole = name.split(".")[4] != last  # nothing comes after the last block
+        if "self_attn" in name:  # the first batch shows what the other blocks are called with, and four twice
+            assert times == (9 if whole else 4), name
+        else:  # nothing has to be seen behind the last layer of a block, which the first batch tells
+            assert times == (6 if whole else 1), name
+    assert len(calls) == 4
+
+
+def test_the_head_is_not_run_where_all_layers_are_seen_at_once():
+    model = get_peft_model(make_llama(), PPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.5))
+    calls = count_calls(model, "lm_head")
+    calibrate(model, llama_batches(4))
+    assert sum(calls.values()) == 1  # the first batch, which tells how often layers are called
+
+
+def blocks_of(model):
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(next(entries for entries in lists if len(entries) > 1 and len(list(entries[0].parameters())) > 4))
+
+
+@pytest.mark.parametrize("name", sorted(set(architectures.ARCHITECTURES) - {"albert"}))  # has one block
+def test_blocks_are_called_with_what_the_whole_model_calls_them_with(name, monkeypatch):
+    model, batches = architectures.make(name).eval(), 2 * list(architectures.batches(name))
+    blocks = blocks_of(model)
+    with torch.no_grad():
+        found = capture(model, blocks, batches)
+        monkeypatch.setattr(capturing, "_hands_on", lambda *args: False)
+        expected = capture(model, blocks, batches)
+    assert len(found[0]) == len(expected[0]) == len(batches)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    for one, other in zip(found[1], expected[1], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert capturing._same((a.args, a.kwargs), (b.args, b.kwargs))
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+class Block(nn.Module):
+    def __init__(self, again=False):
+        super().__init__()
+        self.linear, self.again, self.runs = nn.Linear(4, 4), again, 0
+
+    def forward(self, hidden_states, scale):
+        self.runs += 1
+        result = self.linear(hidden_states) * scale
+        if self.again and hidden_states.sum() > 0:  # control flow that follows the data
+            result = self.linear(result)
+        return result
+
+
+class Stack(nn.Module):
+    def __init__(self, follows, again=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.follows = nn.ModuleList(Block(again) for _ in range(3)), follows
+
+    def forward(self, x):
+        scale = torch.ones(())
+        for block in self.layers:
+            x = block(x, scale)
+            if self.follows:
+                scale = x.std()
+        return x
+
+
+@pytest.mark.parametrize(("follows", "runs"), [(False, [9, 9, 4]), (True, [12 + 1, 12, 4])])
+def test_blocks_that_depend_on_each_other_in_other_ways_are_run_for_that(follows, runs):
+    model = Stack(follows)
+    batches = [{"inputs_embeds": torch.randn(2, 3, 4)} for _ in range(4)]
+    inputs = [[] for _ in model.layers]
+    handles = [
+        block.linear.register_forward_pre_hook(lambda module, args, i=i: inputs[i].append(args[0].flatten(0, 1)))
+        for i, block in enumerate(model.layers)
+    ]
+    wrapped = Takes(model)
+    with torch.no_grad():
+        for batch in batches:
+            wrapped(**batch)
+    for handle in handles:
+        handle.remove()
+    for block in model.layers:
+        block.runs = 0
+    watched = {f"model.layers.{i}.linear": (block.linear, False) for i, block in enumerate(model.layers)}
+    observer, results = GramMatrices(), {}
+    walk(wrapped, watched, batches, observer, 100, lambda ps: results.update({p: observer.result(p) for p in ps}))
+    for i in range(3):
+        x = torch.cat(inputs[i])
+        torch.testing.assert_close(results[f"model.layers.{i}.linear"], x.T @ x)
+    found = [block.runs for block in model.layers]
+    assert found[2] == 4 and all(a <= b for a, b in zip(found, runs, strict=True)), found
+
+
+class Takes(nn.Module):
+    """Gives a stack its inputs by the name that batches have for them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds):
+        return self.model(inputs_embeds)
+
+
+def test_layers_that_are_called_a_second_time_for_some_inputs_are_seen_each_time():
+    model = Stack(follows=False, again=True)
+    batches = [{"inputs_embeds": sign * torch.rand(1, 3, 4)} for sign in (1, -1, 1, 1)]
+    calls = []
+    handle = model.layers[0].linear.register_forward_pre_hook(lambda module, args: calls.append(args[0][0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**{"x": batch["inputs_embeds"]})
+    handle.remove()
+    observer, results = InputNorms(), {}
+    watched = {"model.layers.0.linear": (model.layers[0].linear, False)}
+    walk(Takes(model), watched, batches, observer, 100, lambda ps: results.update({p: observer.result(p) for p in ps}))
+    torch.testing.assert_close(results["model.layers.0.linear"], torch.cat(calls).square().sum(0).sqrt())
+
+
+def test_forward_methods_that_others_put_in_place_are_left_there():
+    model = get_peft_model(make_llama(), WandaConfig(task_type="CAUSAL_LM"))
+    block = model.base_model.model.model.layers[0]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    before = block.forward
+    calibrate(model, llama_batches())
+    assert block.forward is before
+    plain = get_peft_model(make_llama(), WandaConfig(task_type="CAUSAL_LM"))
+    calibrate(plain, llama_batches())
+    for one, other in zip(pruning_layers(model), pruning_layers(plain), strict=True):
+        assert torch.equal(one.get_mask("default"), other.get_mask("default"))
