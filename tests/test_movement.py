@@ -384,6 +384,8 @@ BAD = [
     ({"update": "none", "score": "magnitude"}, "update='none'"),
     ({"update": "none", "variant": "l0"}, "update='none'"),
     ({"value_dtype": "int4"}, "value_dtype='int4'"),
+    ({"update": "low_rank", "value_dtype": "int8"}, "value_dtype='int8' has no effect with update='low_rank'.*Leave"),
+    ({"update": "none", "value_dtype": "float16"}, "value_dtype='float16' has no effect with update='none'"),
     ({"threshold": 1.0}, "threshold=1.0"),
     ({"min_density": -0.1}, "min_density=-0.1"),
     ({"variant": "soft", "granularity": "2:4"}, "granularity='2:4'"),

@@ -69,7 +69,8 @@ class MovementPruningConfig(TrainedConfig):
         from_existing_zeros (`bool`):
             Take the mask from the zeros of the base weights instead, and fine-tune what is not zero.
         value_dtype (`str`):
-            How kept values are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each row.
+            How kept values are stored with `update="full"`: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a
+            scale for each row.
         seed (`int`):
             Seed of the noise of the gates, and of the update of low rank.
 
@@ -147,6 +148,11 @@ class MovementPruningConfig(TrainedConfig):
             raise ValueError(
                 f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
                 f"{self.mask!r}, from_existing_zeros={self.from_existing_zeros!r}. Use update='full'."
+            )
+        if self.update != "full" and self.value_dtype != "float32" and not self.finalized:
+            raise ValueError(
+                f"value_dtype={self.value_dtype!r} has no effect with update={self.update!r}, which stores no values of "
+                "kept weights. Leave it out, or use update='full'."
             )
         if self.mask != "topk" or self.from_existing_zeros:
             what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
