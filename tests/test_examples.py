@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.data import hub, tokenizer
 from helpers.models import make_bert, make_llama
+from peft import PeftModel
 from transformers import BertForQuestionAnswering
 
 
@@ -113,6 +114,23 @@ def test_causal_lm(tmp_path, monkeypatch, capsys):
     dense, pruned = (float(p) for p in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out))
     assert pruned < dense  # a random model that has seen nothing, and one that has
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--sparsity", "0.5"], ["--method", "wanda", "--granularity", "2:4"]])
+def test_prune_language_model(options, tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("it was good film bad " * 400)
+    run = main_of("prune_language_model", monkeypatch)
+    names = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    run([*names, "--length", "16", "--samples", "16", *options])
+    out = capsys.readouterr().out
+    _, pruned, loaded = re.findall(r"perplexity ([\d.]+)", out)
+    assert pruned == loaded and "sparsity 0.5000" in out
+    sparse = PeftModel.from_pretrained(make_llama(), tmp_path / "out").merge_and_unload()
+    weight = sparse.model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).sum() * 2 == weight.numel()
 
 
 @pytest.mark.slow
