@@ -7,8 +7,9 @@ from typing import Any, Optional
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from ..config import PruningConfig
 from ..layers.layer import pruning_layers
-from ..methods.movement import MovementPruningConfig
+from ..methods.imported import final_config
 from ..tuner.targets import IN_BLOCK
 from .look import Found
 
@@ -16,29 +17,23 @@ from .look import Found
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
-def final_config(
+def config_of(
     model: nn.Module,
     found: Found,
     modules_to_save: Optional[list[str]],
     value_dtype: Optional[str],
     task_type: Optional[str],
-) -> MovementPruningConfig:
-    """The recipe of zeros that are there, as it is when it is final."""
+) -> PruningConfig:
+    """The config of the adapter that holds what was found."""
     patterns = set(found.patterns.values())
-    size = sum(info["shape"][0] * info["shape"][1] for info in found.infos.values())
     causal = type(model).__name__.endswith(_CAUSAL)
-    return MovementPruningConfig(
+    return final_config(
+        found.infos,
+        value_dtype if found.values else None,
         task_type=task_type or ("CAUSAL_LM" if causal else None),
         target_modules=_spelled(model, list(found.infos)),
         modules_to_save=modules_to_save,
-        from_existing_zeros=True,
-        update="full" if found.values else "none",
-        value_dtype=value_dtype if found.values and value_dtype else "float32",
         granularity=(patterns.pop() if len(patterns) == 1 else None) or "weight",
-        sparsity=1.0 - sum(info["kept"] for info in found.infos.values()) / size,
-        finalized=True,
-        mask_info=found.infos,
-        inference_mode=True,
     )
 
 
@@ -50,7 +45,7 @@ def _spelled(model: nn.Module, modules: list[str]) -> list[str]:
     return sorted(ends if reached == set(modules) else modules)
 
 
-def make_adapter(model: nn.Module, config: MovementPruningConfig, adapter_name: str, found: Found) -> PeftModel:
+def make_adapter(model: nn.Module, config: PruningConfig, adapter_name: str, found: Found) -> PeftModel:
     """Put an adapter on the base model. Masks and values are taken out of `found`."""
     made: Any = get_peft_model(model, config, adapter_name)  # type: ignore[arg-type]
     for layer in pruning_layers(made, adapter_name):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..layers.layer import PruningLayer
 from ..layers.linear import layer_class_for
 from ..matching import is_target
-from ..methods.movement import MovementPruningConfig, MovementPruningModel
+from ..methods.imported import TUNER, targets_config
 from ..peft_api import BaseTunerLayer, include_all_linear
 from ..quantization import quantization_of
 from ..tuner.refusals import check_no_weight_is_shared, check_place, parents_of_modules, refuse
@@ -83,9 +83,7 @@ def find_matrices(
         TypeError: a module cannot be pruned; the message names it.
     """
     targets: Any = default_target_modules(model) if target_modules is None else target_modules
-    config: Any = MovementPruningConfig(
-        from_existing_zeros=True, target_modules=targets, modules_to_save=modules_to_save
-    )
+    config: Any = targets_config(targets, modules_to_save)
     config = include_all_linear(config, model)
     found = layers_of(model, (name for name, _ in model.named_modules() if name and is_target(config, name)))
     if not found:
@@ -103,11 +101,11 @@ def layers_of(model: nn.Module, names: Iterable[str]) -> dict[str, PruningLayer]
     parents, found = parents_of_modules(model), {}
     for name in names:
         module = model.get_submodule(name)
-        layer_class = layer_class_for(module, MovementPruningModel.layer_classes)
+        layer_class = layer_class_for(module, TUNER.layer_classes)
         if layer_class is None:
-            raise refuse(module, name, MovementPruningModel.layer_classes)
+            raise refuse(module, name, TUNER.layer_classes)
         check_place(model, name, parents[id(module)])
-        found[name] = layer_class(module, MovementPruningModel.prefix, name)
+        found[name] = layer_class(module, TUNER.prefix, name)
     check_no_weight_is_shared(model, list(found.values()))
     return found
 

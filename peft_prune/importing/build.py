@@ -11,7 +11,7 @@ from ..config_checks import check_choice
 from ..layers.layer import pruning_layers
 from ..storage.values import VALUE_DTYPES
 from ..tuner.adapter_names import check_adapter_name
-from .adapter import final_config, make_adapter
+from .adapter import config_of, make_adapter
 from .base import find_matrices, load_base
 from .look import Found, check_sparse, look_at, named_by, own_dtype
 from .mask_file import MaskFile
@@ -105,7 +105,7 @@ def import_sparse(
         saved = check_others(model, source, names, layers, modules_to_save, random)
     found = look_at(layers, source, names, value_dtype)
     check_sparse(found, source.label)
-    config = final_config(model, found, modules_to_save, value_dtype, task_type)
+    config = config_of(model, found, modules_to_save, value_dtype, task_type)
     made = make_adapter(model, config, adapter_name, found)
     try:
         rows = _verified(made, adapter_name, source, names, saved, found)
