@@ -1,6 +1,7 @@
 """Pruning methods for PEFT. Importing this package makes PEFT know them."""
 
 from .config import PruningConfig
+from .importing import mask_from_zeros
 from .inference import use_dense_kernels, use_sparse_kernels
 from .layers.cached_weight import cache_masked_weights
 from .methods import (
@@ -82,6 +83,7 @@ __all__ = [
     "finalize",
     "load_compact",
     "make_verbalizer",
+    "mask_from_zeros",
     "merge_keeping_zeros",
     "model_size",
     "penalty",

@@ -1,4 +1,4 @@
-"""The `peft-prune` command: look at saved mask adapters, compare, check and export them.
+"""The `peft-prune` command: look at saved mask adapters, compare, check, export and import them.
 
 Exit codes: 0, all is well; 1, the adapter is damaged or does not fit; 2, the command could not be carried out.
 """
@@ -25,6 +25,10 @@ _DIFF_HELP = (
 _CARD_HELP = (
     ". Only the block between <!-- peft_prune:begin --> and <!-- peft_prune:end --> is replaced; it is added to a "
     "README.md without one, and text that you wrote stays."
+)
+_IMPORT_HELP = (
+    ". What is zero is removed; kept values are stored where they are not the base's. Each merged matrix is compared "
+    "with the sparse model. Without --out nothing is written."
 )
 Answer = tuple[dict[str, Any], Callable[[], None]]
 
@@ -82,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--evaluation", nargs="*", default=[], metavar="NAME=VALUE", help="such as accuracy=0.847")
     sub.add_argument("--dataset", help="Hub id of the data set of the evaluation")
+    sub = command("import", _import, "a mask adapter out of a sparse model or mask file", _IMPORT_HELP)
+    sub.add_argument("sparse", metavar="SPARSE", help="folder, file or Hub id: weights with zeros, or masks (.npz)")
+    sub.add_argument("--base", required=True, help="folder or Hub id of the dense model that it was made from")
+    sub.add_argument("--out", "--output", help="folder to write")
+    sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="by default linear layers inside the blocks")
+    sub.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that differ, to be stored in full")
+    sub.add_argument(
+        "--value-dtype", choices=["float32", "float16", "bfloat16", "int8"], help="by default SPARSE's own"
+    )
     return parser
 
 
@@ -197,6 +210,32 @@ def _export(args: argparse.Namespace) -> Answer:
 
     path = export(read_adapter(args.adapter), args.base, args.to, args.output)
     return {"output": path}, lambda: print(path)
+
+
+def _import(args: argparse.Namespace) -> Answer:
+    from .importing import import_sparse
+    from .importing.save import check_out, save_imported
+
+    check_out(args.out, [args.base, args.sparse])
+    report = import_sparse(args.base, args.sparse, args.target_modules, args.modules_to_save, args.value_dtype)
+    size = save_imported(report, args.sparse, args.out) if args.out else report.adapter_bytes
+    answer = report.to_dict() | {"output": args.out, "adapter_bytes": size}
+
+    def show() -> None:
+        _print_table(report.table())
+        share = size / report.checkpoint_bytes
+        print(
+            f"adapter        {size:,} bytes, {share:.1%} of the {report.checkpoint_bytes:,} of {one_line(args.sparse)}"
+        )
+        equal = "equal" if not report.difference else f"differ by {report.difference:.3g} at most"
+        print(f"merged weights {equal}, in {len(report.matrices)} matrices")
+        for text in report.notes:
+            print(f"note           {one_line(text)}")
+        for text in report.warnings:
+            print(f"warning        {one_line(text)}")
+        print(f"written to     {args.out}" if args.out else "nothing is written without --out DIR")
+
+    return answer, show
 
 
 def _card(args: argparse.Namespace) -> Answer:

@@ -144,7 +144,12 @@ class MovementPruningConfig(TrainedConfig):
             raise ValueError(
                 "update='low_rank' keeps the base weights, which mask='l0' scales by gates. Use update='full' with it."
             )
-        if self.update == "none" and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros):
+        imported = self.from_existing_zeros and self.finalized  # a mask of mask_from_zeros, which nobody trained
+        if (
+            self.update == "none"
+            and not imported
+            and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros)
+        ):
             raise ValueError(
                 f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
                 f"{self.mask!r}, from_existing_zeros={self.from_existing_zeros!r}. Use update='full'."

@@ -169,6 +169,16 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
 
 
 def check_output(output: str, sources: list[Optional[str]]) -> None:
+    """As [`check_folder`], for a model: it cannot be put beside an adapter."""
+    check_folder(output, sources)
+    if (Path(output) / "adapter_config.json").exists():
+        raise ValueError(
+            f"output={output!r} holds an adapter, which Transformers would load on top of the model. Name another "
+            "folder."
+        )
+
+
+def check_folder(output: str, sources: list[Optional[str]]) -> None:
     """Raise `ValueError` if a folder cannot be written without harm to a model or adapter that is read.
 
     Args:
@@ -194,11 +204,6 @@ def check_output(output: str, sources: list[Optional[str]]) -> None:
                     f"output={output!r} holds {link.name!r}, a link to {str(path)!r}, which would be lost. Name "
                     "another folder."
                 )
-    if (target / "adapter_config.json").exists():
-        raise ValueError(
-            f"output={output!r} holds an adapter, which Transformers would load on top of the model. Name another "
-            "folder."
-        )
 
 
 class _Tensors(torch.nn.Module):

@@ -25,6 +25,15 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+LLAMA = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
 # query, key, value, attention output, and the two of the feed-forward, in two layers
 BERT_TARGET_WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 48)
 
@@ -50,17 +59,7 @@ def make_gpt2(seed=0):
 
 def make_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**LLAMA | changes)).eval()
 
 
 def snapshot(module):
