@@ -48,19 +48,20 @@ def make_gpt2(seed=0):
     return GPT2LMHeadModel(config).eval()
 
 
+LLAMA = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
 def make_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**LLAMA | changes)).eval()
 
 
 def snapshot(module):
