@@ -76,8 +76,11 @@ def _taken(
     seen = 0
     for batch in batches:
         inputs = model_inputs(model, batch, device)
+        examples = len(next(iter(inputs.values())))
+        if not examples:
+            continue
         yield inputs, (real_tokens(model, inputs), decoder_tokens(model, inputs))
-        seen += len(next(iter(inputs.values())))
+        seen += examples
         if seen >= num_samples:
             return
     if not seen:
