@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from .checks import check_text
+
 
 def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors of a batch that the model takes, without labels unless decoder inputs are made of them."""
@@ -33,6 +35,7 @@ def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str
             f"calibrate: of the batch's entries {list(batch)} the model takes none that is a tensor. Tokenize first, "
             "and return tensors."
         )
+    check_text(base, inputs)
     return inputs
 
 

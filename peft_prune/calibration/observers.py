@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 
 from ..solvers.gram import add_triangle, mirror_triangle
+from .checks import NO_TOKENS
 
 
 Counts = Sequence[Optional[torch.Tensor]]  # of encoder and decoder: bool, (batch, tokens): which are no padding
 
 
 class Observer:
-    """Takes notes of what comes into layers, batch by batch."""
+    """Takes notes of what comes into layers, batch by batch.
+
+    Attributes:
+        tokens (`dict[str, int]`): tokens that are no padding, by name of the layer that saw them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, int] = {}
+
+    def needed(self, inputs: int) -> int:
+        """Tokens with which notes begin to say something of a layer with so many inputs."""
+        return 1
 
     def start(self, counts: Counts) -> None:
         """Begin a batch.
@@ -39,9 +51,23 @@ class Observer:
         """What was noted of a layer; it is forgotten here.
 
         Raises:
-            ValueError: the layer has seen nothing, or values that are not finite.
+            ValueError: the layer has seen nothing but padding, or values that are not finite.
         """
         raise NotImplementedError
+
+    def count(self, key: str, tokens: int) -> None:
+        """Note that a layer saw so many tokens that are no padding."""
+        self.tokens[key] = self.tokens.get(key, 0) + tokens
+
+    def forget(self, key: str) -> None:
+        """Forget how many tokens a layer saw, and raise `ValueError` if there were none."""
+        if not self.tokens.get(key):
+            what = "saw no token that is no padding" if key in self.tokens else "was not called"
+            raise ValueError(
+                f"calibrate: {key!r} {what}, so nothing is known of its inputs. Give more batches, or take it out of "
+                "target_modules."
+            )
+        del self.tokens[key]
 
     def side(self, decoder: bool) -> torch.Tensor:
         """Which tokens count for a layer: bool, (batch, tokens). A model with one side gives what it has."""
@@ -75,17 +101,23 @@ class InputNorms(Observer):
     """`‖x_j‖₂` of each input j over all tokens that are no padding: float32, shape (in,), on the CPU."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._squares: dict[str, torch.Tensor] = {}
+
+    def needed(self, inputs: int) -> int:
+        """32, where a norm is known to about an eighth."""
+        return 32
 
     def see(self, key: str, decoder: bool, x: torch.Tensor) -> None:
         """Add the squares of an input."""
         flat = self.real(key, decoder, x).float()
+        self.count(key, len(flat))
         squares = flat.square().sum(0).cpu()
         self._squares[key] = self._squares[key] + squares if key in self._squares else squares
 
     def result(self, key: str) -> torch.Tensor:
         """The norms."""
-        check_called(key, self._squares)
+        self.forget(key)
         norms = self._squares.pop(key).sqrt()
         check_finite(key, norms)
         return norms
@@ -101,12 +133,17 @@ class GramMatrices(Observer):
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
         self.dtype = dtype
         self._sums: dict[str, torch.Tensor] = {}  # by the layer that sees a tensor first: one triangle
         self._led: Counter[str] = Counter()  # how often each did
         self._followed: dict[str, tuple[str, int]] = {}  # by the others: whom they follow, and how often
         self._waiting: set[str] = set()  # layers whose result was not asked for
-        self._last: Optional[tuple[torch.Tensor, int, bool, str]] = None  # an input, and who saw it first
+        self._last: Optional[tuple[torch.Tensor, int, bool, str, int]] = None  # an input, who saw it first, its tokens
+
+    def needed(self, inputs: int) -> int:
+        """As many as inputs: with fewer the matrix is singular."""
+        return inputs
 
     def start(self, counts: Counts) -> None:
         """Begin a batch."""
@@ -117,14 +154,16 @@ class GramMatrices(Observer):
         """Add the product of an input with itself, or note that another layer's product has it in it."""
         last = self._last
         if last is not None and last[0] is x and last[1:3] == (x._version, decoder) and self._follows(key, last[3]):
+            self.count(key, last[4])
             return
         flat = self.real(key, decoder, x)
+        self.count(key, len(flat))
         if key not in self._sums:
             self._sums[key] = torch.zeros(x.shape[-1], x.shape[-1], dtype=self.dtype, device=x.device)
         add_triangle(self._sums[key], flat)
         self._led[key] += 1
         self._waiting.add(key)
-        self._last = (x, x._version, decoder, key)
+        self._last = (x, x._version, decoder, key, len(flat))
 
     def _follows(self, key: str, leader: str) -> bool:
         """Whether a layer's input is in the product of another, in all batches so far."""
@@ -141,7 +180,7 @@ class GramMatrices(Observer):
         Raises:
             ValueError: as for every observer; or the layer had another one's input in some batches only.
         """
-        check_called(key, self._waiting)
+        self.forget(key)
         leader, times = self._followed.pop(key, (key, self._led[key]))
         if times != self._led[leader]:
             raise ValueError(
@@ -158,19 +197,13 @@ class GramMatrices(Observer):
         return gram
 
 
-def check_called(key: str, seen: Collection[str]) -> None:
-    """Raise `ValueError` if nothing came into a layer."""
-    if key not in seen:
-        raise ValueError(
-            f"calibrate: {key!r} was not called, so nothing is known of its inputs. Give more batches, or take it "
-            "out of target_modules."
-        )
-
-
 def check_finite(key: str, values: torch.Tensor) -> None:
     """Raise `ValueError` if what a layer saw is not finite."""
     if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"calibrate: the input of {key!r} is not finite. The base model seems to be broken.")
+        raise ValueError(
+            f"calibrate: the input of {key!r} is not finite. The base model seems to be broken, or its activations are "
+            "too large for its dtype: load it in bfloat16 or float32 instead of float16."
+        )
 
 
 class TokenSample(Observer):
@@ -182,6 +215,7 @@ class TokenSample(Observer):
     """
 
     def __init__(self, size: int, seed: int) -> None:
+        super().__init__()
         self.size = size
         self._reservoirs = [TokenReservoir(size, seed), TokenReservoir(size, seed)]
         self._offers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -219,9 +253,7 @@ class TokenSample(Observer):
         """The sample."""
         tokens = len(self._reservoirs[self._decoder.get(key, False)]) or len(self._reservoirs[0])
         if not tokens:
-            raise ValueError(
-                "calibrate: the examples hold no token that is no padding. Check attention_mask and pad token."
-            )
+            raise ValueError(NO_TOKENS)
         sample = torch.cat([part[:tokens] for part in self._stored.pop(key)])
         check_finite(key, sample)
         return sample

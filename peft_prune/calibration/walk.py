@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
@@ -22,11 +22,13 @@ from transformers.utils.logging import tqdm  # which Transformers' disable_progr
 
 from .batches import decoder_tokens, model_inputs, real_tokens
 from .capture import Call, Stop, capture, hidden_states, to_device
+from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 
 
 Watched = Mapping[str, tuple[nn.Module, bool]]  # by name: a layer, and whether it sees the decoder's tokens
-AfterBlock = Callable[[list[str]], None]
+AfterBlock = Callable[[list[str]], Optional[float]]
+AroundBlock = Callable[[list[str]], AbstractContextManager[Any]]
 
 _BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\..+")
 
@@ -39,6 +41,7 @@ def walk(
     num_samples: int,
     after_block: Optional[AfterBlock] = None,
     device: Optional[torch.device | str] = None,
+    around_block: AroundBlock = lambda names: nullcontext(),
 ) -> None:
     """Show observers what comes into layers, see above. The model runs in eval mode, and is left as it was.
 
@@ -48,18 +51,22 @@ def walk(
         batches (`Iterable`): mappings of tensors by name of the model's arguments; labels are not needed.
         observer ([`Observer`]): what takes notes.
         num_samples (`int`): examples after which to stop.
-        after_block (`Callable`, *optional*): called with the names of the layers that were seen.
-        device (*optional*): where blocks are run, one at a time, by default where the model is.
+        after_block (`Callable`, *optional*):
+            called with the names of the layers that were seen; may return a loss for the progress bar.
+        device (*optional*): where blocks are run, one at a time, by default where they are.
+        around_block (`Callable`, *optional*): gives a context in which the block that holds the named layers is run.
 
     Raises:
-        ValueError: there are no batches, they are no mappings, or nothing but padding.
+        ValueError: there are no batches, they are no mappings, do not fit the model, or hold nothing but padding.
     """
     with _quiet(model), torch.no_grad():
         if after_block is None:
             _in_one_pass(model, watched, batches, observer, num_samples)
             return
         taken = list(_taken(model, batches, num_samples, torch.device("cpu")))
-        _block_by_block(model, watched, taken, observer, after_block, device)
+        check_counts([counts for _, counts in taken])
+        warn_of_few_examples(sum(len(next(iter(inputs.values()))) for inputs, _ in taken), num_samples)
+        _block_by_block(model, watched, taken, observer, after_block, device, around_block)
 
 
 def _taken(
@@ -69,16 +76,22 @@ def _taken(
     seen = 0
     for batch in batches:
         inputs = model_inputs(model, batch, device)
+        examples = len(next(iter(inputs.values())))
+        if not examples:
+            continue
         yield inputs, (real_tokens(model, inputs), decoder_tokens(model, inputs))
-        seen += len(next(iter(inputs.values())))
+        seen += examples
         if seen >= num_samples:
             return
     if not seen:
-        raise ValueError("calibrate: batches is empty. Give it a few hundred examples of the task.")
+        raise ValueError(
+            "calibrate: batches is empty, or a generator that was used up before. Give it a few hundred examples of "
+            "the task."
+        )
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
@@ -193,11 +206,12 @@ def _block_by_block(
     observer: Observer,
     after_block: AfterBlock,
     device: Optional[torch.device | str],
+    around_block: AroundBlock,
 ) -> None:
     stacks, outside = find_stacks(model, watched)
     with tqdm(total=sum(len(stack.layers) for stack in stacks), desc="calibrate: blocks", unit="block") as bar:
         for stack in stacks:
-            _one_stack(model, stack, watched, taken, observer, after_block, device, bar)
+            _one_stack(model, stack, watched, taken, observer, after_block, device, around_block, bar)
     if outside:
         _whole_model(model, {key: watched[key] for key in outside}, taken, observer)
         after_block(outside)
@@ -211,30 +225,46 @@ def _one_stack(
     observer: Observer,
     after_block: AfterBlock,
     device: Optional[torch.device | str],
+    around_block: AroundBlock,
     bar: Any,
 ) -> None:
-    """The blocks of a stack; those before the first and after the last one of interest are not walked."""
-    home = _device(model)
+    """The blocks of a stack; those behind the last one of interest are not walked."""
     last = max(stack.layers)
     numbers = [number for number in sorted(stack.blocks) if number <= last]
     hidden, calls = capture(model, [stack.blocks[n] for n in numbers], [inputs for inputs, _ in taken])
     for i, number in enumerate(numbers):
         block, names = stack.blocks[number], stack.layers.get(number, [])
-        block.to(device or home)
-        if names:
-            with _Watch({key: watched[key] for key in names}, observer) as watch:
-                for (_, counts), states, call in zip(taken, hidden, calls[i], strict=True):
-                    watch.run(counts, partial(_run, block, states, call, device or home))
-            after_block(names)
-            bar.update()
-        if number != last:
-            hidden = [_run(block, states, call, device or home) for states, call in zip(hidden, calls[i], strict=True)]
-        block.to(home)
+        with _moved(block, device) as place, around_block(names):
+            if names:
+                with _Watch({key: watched[key] for key in names}, observer) as watch:
+                    for (_, counts), states, call in zip(taken, hidden, calls[i], strict=True):
+                        watch.run(counts, partial(_run, block, states, call, place))
+                loss = after_block(names)
+                if loss is not None:
+                    bar.set_postfix({"loss": f"{loss:.2g}"}, refresh=False)
+                bar.update()
+            for j, call in enumerate(calls[i] if number != last else ()):
+                hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
+
+
+@contextmanager
+def _moved(block: nn.Module, device: Optional[torch.device | str]) -> Iterator[torch.device]:
+    """A block on a device, and back where it was, an interrupt included."""
+    home = _device(block)
+    place = home if device is None else torch.device(device)
+    try:
+        if device is not None:
+            block.to(place)
+        yield place
+    finally:
+        if device is not None:
+            block.to(home)
 
 
 def _run(block: nn.Module, hidden: torch.Tensor, call: Call, device: Any) -> torch.Tensor:
     """Hidden states after a block, on the CPU."""
-    output = block(*to_device((hidden, *call.args), device), **to_device(call.kwargs, device))
+    # a copy, because it is needed again: a block may change its input in place
+    output = block(hidden.to(device, copy=True), *to_device(call.args, device), **to_device(call.kwargs, device))
     return hidden_states(output).cpu()
 
 

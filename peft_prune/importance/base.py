@@ -38,6 +38,10 @@ class Importance:
         """What decides which units stay, the largest first: float, shape (out / rows, in / columns)."""
         raise NotImplementedError
 
+    def output_loss(self, layer: Any, name: str) -> Optional[float]:
+        """Relative loss of a layer's output by what was chosen for it; `None` if what is noted does not say it."""
+        return None
+
     def scores(self, layer: Any, name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """What receives the gradient of the scores, and the factor of the penalty's gradient that is added to it."""
         return None, None

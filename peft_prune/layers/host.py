@@ -30,6 +30,7 @@ class Host:
         counted (`tuple`, *optional*): `progress`, its version, and what the host knows it to hold.
         unpacked (`tuple`, *optional*): a final mask as it is stored, its version, and the mask in bits.
         values (`torch.Tensor`, *optional*): decoded kept values: float32, shape (out, in).
+        rewritten (`torch.Tensor`, *optional*): values that calibration has found, as they will be stored: uint8.
         penalty_armed (`bool`): whether the next backward pass is to add the penalty's gradient.
         sharded (`bool`): whether FSDP or DeepSpeed manages what is trained, see `sharding.py`.
         seen: what calibration has noted of the layer's inputs, until a mask is chosen by it.
@@ -47,11 +48,12 @@ class Host:
     counted: Optional[tuple[torch.Tensor, int, list[Any]]] = None
     unpacked: Optional[tuple[torch.Tensor, int, torch.Tensor]] = None
     values: Optional[torch.Tensor] = None
+    rewritten: Optional[torch.Tensor] = None
     penalty_armed: bool = False
     sharded: bool = False
     seen: Any = None
     first_seen: Optional[torch.Tensor] = None
 
     def drop_decoded(self) -> None:
-        """Let go of what was decoded from stored tensors."""
-        self.unpacked = self.values = None
+        """Let go of what was decoded from stored tensors, or is not stored yet."""
+        self.unpacked = self.values = self.rewritten = None

@@ -10,12 +10,14 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..calibration.checks import check_device
 from ..calibration.walk import Watched, walk
 from ..layers.layer import PruningLayer, pruning_layers
-from ..layers.sharding import agreed, refuse_data_parallel, refuse_sharded
-from ..recipe import Moment
+from ..layers.sharding import refuse_data_parallel, refuse_sharded
+from ..recipe import Moment, Recipe
 from ..structure.sites import find_sites
 from .finalize import switch_over, tell_sparsity
+from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
 
 
@@ -28,10 +30,11 @@ def calibrate(
 ) -> dict[str, float]:
     """Choose what stays by what comes into the layers, and make the masks final.
 
-    Runs the model on `config.num_samples` examples; memory does not grow with the data. Methods that choose layer by
-    layer are walked block by block: a block sees what the pruned blocks before it put out. Adapters of other kinds stay
-    in force meanwhile. Of several processes, all have to call it, and all get the choice of the first. Progress bars
-    show how far it is; `transformers.utils.logging.disable_progress_bar()` switches them off.
+    Runs the model on `config.num_samples` examples. Methods that choose layer by layer are walked block by block: a
+    block sees what the pruned blocks before it put out, and memory is that of the model, of one block, and of the
+    examples' hidden states (`docs/calibration.md`). If it is interrupted, nothing is pruned. Adapters of other kinds
+    stay in force meanwhile. Of several processes, all have to call it, and all get the choice of the first. Progress
+    bars show how far it is; `transformers.utils.logging.disable_progress_bar()` switches them off.
 
     Args:
         model (`nn.Module`): any model with an adapter of a calibrated method that is not calibrated yet.
@@ -39,15 +42,18 @@ def calibrate(
             `DataLoader`; labels are not needed. May be left out for methods that look at weights alone, such as
             `PPruningConfig(criterion="magnitude")`.
         adapter_name (`str`, *optional*): adapter to calibrate, by default the one that is not calibrated.
-        device (*optional*): where blocks are run, one at a time, such as `"cuda"`; by default where the model is.
+        device (*optional*): where blocks are run, one at a time, such as `"cuda"`; by default where they are. For
+            methods that choose layer by layer.
         dataloader (`Iterable`, *optional*): deprecated name of `batches`.
 
     Returns:
         `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`.
+        Of methods that note Gram matrices also `loss`, the mean over all layers of `‖(Ŵ − W)Xᵀ‖² / ‖WXᵀ‖²`.
 
     Raises:
-        ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, the model is
-            wrapped by `DataParallel`, or the budget cannot be met. The adapter is as it was then.
+        ValueError: no adapter waits for calibration, there is no data or it does not fit the model, the model is
+            wrapped by `DataParallel`, the device is not there, or the budget cannot be met. The adapter is as it was
+            then.
     """
     if dataloader is not None:
         warnings.warn("calibrate: dataloader= is called batches= now.", FutureWarning, stacklevel=2)
@@ -65,14 +71,16 @@ def calibrate(
     if recipe.importance.reads_activations and batches is None:
         raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
-    with _bits_taken_back_on_error(name, layers):
-        _choose(model, name, layers, batches, device)
+    if device is not None:
+        _check_device(device, recipe)
+    with _taken_back_on_error(name, layers):
+        losses = _choose(model, name, layers, batches, device)
         shares = recipe.rule.shares(model, name, layers)
         forms = [layer.final_form(name) for layer in layers]
     config = own_config(model, name)
     tell_sparsity(name, layers, config)
     switch_over(name, layers, config, forms)
-    return shares
+    return shares | ({"loss": sum(losses.values()) / len(losses)} if losses else {})
 
 
 def _choose(
@@ -81,41 +89,24 @@ def _choose(
     layers: list[PruningLayer],
     batches: Optional[Iterable[Any]],
     device: Optional[torch.device | str],
-) -> None:
-    """Put masks in force: of all layers at once, or block by block."""
+) -> dict[str, float]:
+    """Put masks in force, of all layers at once or block by block; return the layers' losses, where they are known."""
     recipe, config = layers[0].host[name].recipe, layers[0].config(name)
     for layer in layers:  # dense, whatever was in force before
         layer.start_bits(name, torch.ones(layer.shape, dtype=torch.bool))
     if not recipe.importance.reads_activations:
         _set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
-        return
+        return {}
     assert batches is not None
     watched, by_path = _watched(model, layers), _by_path(model, layers)
-    observer = recipe.importance.observer(config)
     if recipe.rule.across_layers:
-        walk(model, watched, batches, observer, config.num_samples, device=device)
+        observer = recipe.importance.observer(config)
+        walk(model, watched, batches, observer, config.num_samples)
         seen = {layer.module_name: observer.result(path) for path, layer in by_path.items()}
         _set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
-        return
+        return {}
     _check_active(name, layers)
-
-    def after_block(paths: list[str]) -> None:
-        for path in paths:
-            layer = by_path[path]
-            host = layer.host[name]
-            host.seen = observer.result(path)
-            mask, values = recipe.rule.solve(layer, name)
-            layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
-            if name in layer.progress:  # where an update is trained, its counters say what is kept
-                layer.set_kept(name, int(layer.get_mask(name).sum()), *layer.steps(name))
-            recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
-            host.seen = None
-            with torch.no_grad():
-                for held in (layer.held(kind) for kind in recipe.update.tensors):
-                    if name in held:  # what the update starts from, too, is that of the first process
-                        held[name].copy_(agreed(held[name].detach().cpu()))
-
-    walk(model, watched, batches, observer, config.num_samples, after_block, device)
+    return choose_layer_by_layer(model, name, by_path, watched, batches, device)
 
 
 def _set_all(name: str, layers: list[PruningLayer], masks: Mapping[str, torch.Tensor]) -> None:
@@ -149,21 +140,35 @@ def _check_active(name: str, layers: list[PruningLayer]) -> None:
         )
 
 
+def _check_device(device: torch.device | str, recipe: Recipe) -> None:
+    if not recipe.importance.reads_activations or recipe.rule.across_layers:
+        raise ValueError(
+            f"calibrate: device={device!r} is for methods that are calibrated block by block. This one looks at the "
+            f"whole model: move it there, model.to({str(device)!r}), and leave device out."
+        )
+    check_device(device)
+
+
 @contextmanager
-def _bits_taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None]:
+def _taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None]:
     """Leave nothing half pruned behind, an interrupt included."""
-    before = {layer: layer.get_mask(name) for layer in layers if layer.has_mask(name)}
+    kinds = ("bits", "progress", *layers[0].host[name].recipe.update.tensors)
+    before = [
+        {kind: layer.held(kind)[name].detach().cpu().clone() for kind in kinds if name in layer.held(kind)}
+        for layer in layers
+    ]
     try:
         yield
     except BaseException:
-        for layer in layers:
+        for layer, held in zip(layers, before, strict=True):
             layer.host[name].seen = None
             layer.host[name].drop_decoded()
-            if layer in before:
-                layer.set_bits(name, before[layer])
-            elif name in layer.held("bits"):
+            layer.cached_weight.clear()
+            if "bits" not in held and name in layer.held("bits"):
                 del layer.held("bits")[name]
-                layer.cached_weight.clear()
+            with torch.no_grad():
+                for kind, tensor in held.items():
+                    layer.held(kind)[name].copy_(tensor)
         raise
 
 

@@ -27,6 +27,7 @@ from ..stages.schedule import update_schedule
 from ..stages.sparsity_reached import sparsity, warn_if_unreachable
 from .adapter_names import check_adapter_name, warn_if_nothing_trains
 from .combine import add_combined_adapter
+from .experts import tell_experts
 from .file_checks import check_file, check_label_words, note_tensors
 from .heads import head_granularity
 from .load_checks import check_base_weights, check_finite, check_has_zeros, check_stored_state, check_targets
@@ -64,6 +65,7 @@ class PruningModel(BaseTuner):
     # -------------------------------------------------------------- preparation
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        tell_experts(self.model, peft_config)
         if peft_config.target_modules is None and peft_config.granularity == "head":
             matches = [IN_BLOCK.fullmatch(name) for name in head_granularity(self.model)]
             peft_config.target_modules = {match["suffix"] for match in matches if match}

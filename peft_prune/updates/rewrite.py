@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 
+from ..storage.codec import describe_values
 from ..storage.values import decode_values
 from .stored_values import StoredValues
 
@@ -24,18 +25,25 @@ class Rewrite(StoredValues):
 
     def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
         """Put new values in force, rounded as they will be stored."""
-        mask = layer.get_mask(name)
-        stored = self.encode(layer, layer.matrix if values is None else values, mask)
-        layer.host[name].values = decode_values(stored, mask, self.value_dtype)
+        matrix = layer.matrix if values is None else values
+        # on the CPU, where it takes no room on a device that holds one block at a time
+        layer.host[name].rewritten = self.encode(layer, matrix, layer.get_mask(name)).cpu()
         layer.cached_weight.clear()
 
     def inside(self, layer: Any, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """The new values, from when they were found."""
-        values = layer.host[name].values
-        if name not in layer.held("values") and values is not None:
-            return values.to(matrix.dtype)
+        stored = layer.host[name].rewritten
+        if stored is not None:
+            return decode_values(stored, layer.get_mask(name), self.value_dtype).to(matrix.dtype)
         return super().inside(layer, name, matrix)
 
     def changes_weights(self, layer: Any, name: str) -> bool:
         """Whether values were rewritten."""
-        return name in layer.held("values") or layer.host[name].values is not None
+        return name in layer.held("values") or layer.host[name].rewritten is not None
+
+    def final(self, layer: Any, name: str, mask: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The values as they were found."""
+        stored = layer.host[name].rewritten
+        if stored is None:
+            return super().final(layer, name, mask)
+        return {"values": describe_values(stored, self.value_dtype)}, {"values": stored}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -57,9 +58,29 @@ def make_gpt2(seed=0):
     return GPT2LMHeadModel(config).eval()
 
 
+LLAMA = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
 def make_llama(seed=0, **changes):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**LLAMA | changes)).eval()
+
+
+def make_mixture(kind="Mixtral"):
+    """A mixture of experts, `"Mixtral"`, `"Qwen2Moe"` or `"Qwen3Moe"`, whose experts are parameters."""
+    torch.manual_seed(0)
+    own = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 24}
+    own |= {"shared_expert_intermediate_size": 24} if kind == "Qwen2Moe" else {}
+    config = getattr(transformers, f"{kind}Config")(**LLAMA | own | {"num_experts_per_tok": 2})
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
 def snapshot(module):
