@@ -14,6 +14,8 @@ from .methods import (
     SMPModel,
     SparseGPTConfig,
     SparseGPTModel,
+    StructuredPruningConfig,
+    StructuredPruningModel,
     WandaConfig,
     WandaModel,
 )
@@ -71,6 +73,8 @@ __all__ = [
     "SMPModel",
     "SparseGPTConfig",
     "SparseGPTModel",
+    "StructuredPruningConfig",
+    "StructuredPruningModel",
     "TrainedConfig",
     "WandaConfig",
     "WandaModel",

@@ -49,6 +49,11 @@ class Recipe:
         return self.importance.needs_weights or self.rule.needs_weights
 
     @property
+    def needs_activations(self) -> bool:
+        """Whether calibration needs inputs: to choose, or for the weights that stay."""
+        return self.importance.reads_activations or self.update.fits
+
+    @property
     def chosen_layer_by_layer(self) -> bool:
         """Whether a layer can find its mask by itself, again and again."""
         return self.moment in (Moment.START, Moment.EVERY_STEP)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
 from ..solvers.gram import add_triangle, mirror_triangle
 
@@ -15,7 +16,14 @@ Counts = Sequence[Optional[torch.Tensor]]  # of encoder and decoder: bool, (batc
 
 
 class Observer:
-    """Takes notes of what comes into layers, batch by batch."""
+    """Takes notes of what comes into layers, batch by batch.
+
+    Attributes:
+        blocks (`Mapping[str, nn.Module]`): by name of a layer, the block that it is in, if what that puts out is to be
+            noted, too.
+    """
+
+    blocks: Mapping[str, nn.Module] = {}
 
     def start(self, counts: Counts) -> None:
         """Begin a batch.
@@ -34,6 +42,9 @@ class Observer:
             x (`torch.Tensor`): the input.
         """
         raise NotImplementedError
+
+    def put_out(self, key: str, decoder: bool, states: torch.Tensor) -> None:
+        """Take note of the hidden states that the block of a layer puts out: floating point, shape (..., features)."""
 
     def result(self, key: str) -> Any:
         """What was noted of a layer; it is forgotten here.

@@ -12,9 +12,10 @@ from torch import nn
 
 from ..calibration.walk import Watched, walk
 from ..layers.layer import PruningLayer, pruning_layers
-from ..layers.sharding import agreed, refuse_data_parallel, refuse_sharded
+from ..layers.sharding import refuse_data_parallel, refuse_sharded
 from ..recipe import Moment
 from ..structure.sites import find_sites
+from .across_layers import choose_across_layers, set_all, solve_layer
 from .finalize import switch_over, tell_sparsity
 from .own_config import own_config
 
@@ -62,7 +63,7 @@ def calibrate(
             f"calibrate: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
             "calibrate(model, [batch])."
         )
-    if recipe.importance.reads_activations and batches is None:
+    if recipe.needs_activations and batches is None:
         raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
     with _bits_taken_back_on_error(name, layers):
@@ -86,41 +87,23 @@ def _choose(
     recipe, config = layers[0].host[name].recipe, layers[0].config(name)
     for layer in layers:  # dense, whatever was in force before
         layer.start_bits(name, torch.ones(layer.shape, dtype=torch.bool))
-    if not recipe.importance.reads_activations:
-        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
+    if not recipe.needs_activations:
+        set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
         return
     assert batches is not None
     watched, by_path = _watched(model, layers), _by_path(model, layers)
-    observer = recipe.importance.observer(config)
+    if recipe.update.fits or not recipe.rule.across_layers:
+        _check_active(name, layers)
     if recipe.rule.across_layers:
-        walk(model, watched, batches, observer, config.num_samples, device=device)
-        seen = {layer.module_name: observer.result(path) for path, layer in by_path.items()}
-        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
+        choose_across_layers(model, name, by_path, watched, batches, device)
         return
-    _check_active(name, layers)
+    observer = recipe.importance.observer(config)
 
     def after_block(paths: list[str]) -> None:
         for path in paths:
-            layer = by_path[path]
-            host = layer.host[name]
-            host.seen = observer.result(path)
-            mask, values = recipe.rule.solve(layer, name)
-            layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
-            if name in layer.progress:  # where an update is trained, its counters say what is kept
-                layer.set_kept(name, int(layer.get_mask(name).sum()), *layer.steps(name))
-            recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
-            host.seen = None
-            with torch.no_grad():
-                for held in (layer.held(kind) for kind in recipe.update.tensors):
-                    if name in held:  # what the update starts from, too, is that of the first process
-                        held[name].copy_(agreed(held[name].detach().cpu()))
+            solve_layer(by_path[path], name, observer.result(path))
 
     walk(model, watched, batches, observer, config.num_samples, after_block, device)
-
-
-def _set_all(name: str, layers: list[PruningLayer], masks: Mapping[str, torch.Tensor]) -> None:
-    for layer in layers:
-        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
 
 
 def _by_path(model: nn.Module, layers: list[PruningLayer]) -> dict[str, PruningLayer]:
