@@ -17,6 +17,9 @@ from ..structure.sites import HEADS, Site, find_sites
 from .base import Rule
 
 
+_COUNTED = {"flops": "FLOPs", "parameters": "parameters"}
+
+
 @dataclass(frozen=True)
 class Budget(Rule):
     """Units go in their order until the budget is met.
@@ -46,8 +49,7 @@ class Budget(Rule):
     @property
     def label(self) -> str:  # type: ignore[override]
         """In words."""
-        what = "FLOPs" if self.budget == "flops" else "parameter"
-        return f"{what} budget over heads and neurons of the model"
+        return f"{_COUNTED[self.budget]} budget over heads and neurons of the model"
 
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
         """Masks (bool, (out, in)) by module name: columns of removed units are `False`."""
@@ -59,7 +61,7 @@ class Budget(Rule):
         for module, site in bar:
             heights, order = importance.order(model, site, (seen or {}).get(module), generator)
             plans.append(self._plan(model, site, heights, order, importance.comparable))
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn))
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget]))
         masks = {}
         for layer in layers:
             site = sites[layer.module_name]

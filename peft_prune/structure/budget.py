@@ -30,7 +30,9 @@ class Plan:
     order: np.ndarray
 
 
-def choose_units(plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[float]) -> dict[str, torch.Tensor]:
+def choose_units(
+    plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[float], what: str = "FLOPs"
+) -> dict[str, torch.Tensor]:
     """Choose the units that stay: those below one height go, the lowest height that meets the budget.
 
     With λ, what has to go is shared out between heads and neurons as 1 : λ, and there is one height for all heads and
@@ -40,6 +42,7 @@ def choose_units(plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[
         plans (`Sequence[Plan]`): a plan for each site.
         keep_ratio (`float`): share of the cost of these sites that stays.
         lambda_ffn (`float`, *optional*): λ, how much more is taken from neurons than from heads.
+        what (`str`): what costs are counted in, for the error.
 
     Returns:
         `dict[str, torch.Tensor]`: for each site by the name of its output the units that stay: int64, ascending. Their
@@ -57,7 +60,7 @@ def choose_units(plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[
     if wanted > sum(most) + 0.5:
         raise ValueError(
             f"keep_ratio={keep_ratio!r} cannot be reached: with the units that every layer keeps, "
-            f"{1 - sum(most) / total:.4f} of the cost remains. Use a larger keep_ratio."
+            f"{1 - sum(most) / total:.4f} of the {what} remain. Use a larger keep_ratio."
         )
     goals = [wanted]
     if lambda_ffn is not None:
