@@ -15,6 +15,8 @@ from .methods import (
     SMPModel,
     SparseGPTConfig,
     SparseGPTModel,
+    StructuredPruningConfig,
+    StructuredPruningModel,
     WandaConfig,
     WandaModel,
 )
@@ -72,6 +74,8 @@ __all__ = [
     "SMPModel",
     "SparseGPTConfig",
     "SparseGPTModel",
+    "StructuredPruningConfig",
+    "StructuredPruningModel",
     "TrainedConfig",
     "WandaConfig",
     "WandaModel",

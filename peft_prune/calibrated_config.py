@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from .config import PruningConfig
-from .config_checks import check_single_weights, check_sparsity_pattern, check_whole
+from .config_checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_single_weights,
+    check_sparsity_pattern,
+    check_whole,
+)
+from .storage.values import VALUE_DTYPES
+from .updates.base import Keep, Update
+from .updates.rewrite import Repair
 
 
 @dataclass
@@ -58,3 +68,47 @@ class OneShotConfig(CalibratedConfig):
                 f"granularity={self.granularity!r} fixes the sparsity of every matrix, so sparsity_pattern="
                 f"{self.sparsity_pattern!r} must stay at its default."
             )
+
+
+@dataclass
+class UnitsConfig(CalibratedConfig):
+    """
+    What methods that remove heads and neurons are told beside [`CalibratedConfig`].
+
+    Args:
+        keep_ratio (`float`): share of the cost of attentions and feed-forward networks that stays, in (0, 1].
+        sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
+        repair (`bool`):
+            Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
+            The adapter then holds new values, and not only a mask.
+        damping (`float`): how far repaired weights are drawn to the old ones, as a share of the mean squared input.
+        value_dtype (`str`):
+            How repaired weights are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each
+            row.
+
+    Raises:
+        ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
+    """
+
+    keep_ratio: float = field(default=0.5, metadata={"help": "Share of the cost that stays, in (0, 1]."})
+    sequence_length: int = field(default=128, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
+    repair: bool = field(default=False, metadata={"help": "Whether weights that stay make up for what is removed."})
+    damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
+    value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
+    granularity = "column"  # heads and neurons are columns of a matrix
+
+    def __post_init__(self, density: Optional[float] = None):
+        self._refuse_sparsity(
+            density, "this method is told the share that stays, for instance keep_ratio=0.5, and finds the sparsity."
+        )
+        super().__post_init__(density)
+        what = "FLOPs" if getattr(self, "budget", "flops") == "flops" else "parameters"
+        check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, f"It is the share of the {what} that stays, e.g. 0.5.")
+        check_number("damping", self.damping, 1e-9, 1.0, "The papers use 0.01.")
+        check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
+        check_flag("repair", self.repair)
+        check_whole("sequence_length", self.sequence_length, 1)
+
+    def kept_weights(self) -> Update:
+        """What happens to the weights that stay."""
+        return Repair(self.value_dtype, self.damping) if self.repair else Keep()

@@ -49,6 +49,16 @@ class Recipe:
         return self.importance.needs_weights or self.rule.needs_weights
 
     @property
+    def needs_activations(self) -> bool:
+        """Whether calibration needs inputs: to choose, or for the weights that stay."""
+        return self.importance.reads_activations or self.update.fits
+
+    @property
+    def by_block(self) -> bool:
+        """Whether calibration walks the model block by block, and a block sees what pruned ones put out."""
+        return self.needs_activations and (self.update.fits or not self.rule.across_layers)
+
+    @property
     def chosen_layer_by_layer(self) -> bool:
         """Whether a layer can find its mask by itself, again and again."""
         return self.moment in (Moment.START, Moment.EVERY_STEP)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -37,6 +37,18 @@ def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str
         )
     check_text(base, inputs)
     return inputs
+
+
+def first_examples(batches: Iterable[Any], num_samples: int) -> list[Any]:
+    """Batches until there are enough examples, kept for several walks. What is no batch ends it, and is found there."""
+    kept, seen = [], 0
+    for batch in batches:
+        kept.append(batch)
+        tensors = [v for v in batch.values() if isinstance(v, torch.Tensor)] if isinstance(batch, Mapping) else []
+        seen += len(tensors[0]) if tensors else num_samples
+        if seen >= num_samples:
+            break
+    return kept
 
 
 def _ids_and_pads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+from torch import nn
 
-from ..solvers.gram import add_triangle, mirror_triangle
+from ..solvers.gram import add_triangle, loss, mirror_triangle
 from .checks import NO_TOKENS
 
 
@@ -20,7 +21,11 @@ class Observer:
 
     Attributes:
         tokens (`dict[str, int]`): tokens that are no padding, by name of the layer that saw them.
+        blocks (`Mapping[str, nn.Module]`): by name of a layer, the block that it is in, if what that puts out is to be
+            noted, too.
     """
+
+    blocks: Mapping[str, nn.Module] = {}
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
@@ -46,6 +51,19 @@ class Observer:
             x (`torch.Tensor`): the input.
         """
         raise NotImplementedError
+
+    def put_out(self, key: str, decoder: bool, states: torch.Tensor) -> None:
+        """Take note of the hidden states that the block of a layer puts out: floating point, shape (..., features)."""
+
+    def output_loss(self, matrix: torch.Tensor, adapted: torch.Tensor, seen: Any) -> Optional[float]:
+        """Relative loss of a layer's output, `None` if what is noted does not say it.
+
+        Args:
+            matrix (`torch.Tensor`): the layer's matrix, shape (out, in).
+            adapted (`torch.Tensor`): what became of it, the same shape.
+            seen: the layer's result.
+        """
+        return None
 
     def result(self, key: str) -> Any:
         """What was noted of a layer; it is forgotten here.
@@ -195,6 +213,10 @@ class GramMatrices(Observer):
             self._sums, self._led, self._followed = {}, Counter(), {}
         check_finite(key, gram)
         return gram
+
+    def output_loss(self, matrix: torch.Tensor, adapted: torch.Tensor, seen: torch.Tensor) -> float:
+        """`tr((Ŵ − W) G (Ŵ − W)ᵀ) / tr(W G Wᵀ)`."""
+        return loss(matrix, adapted, seen)
 
 
 def check_finite(key: str, values: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,31 @@ AroundBlock = Callable[[list[str]], AbstractContextManager[Any]]
 _BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\..+")
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How blocks are walked.
+
+    Attributes:
+        in_turn (`bool`): whether each layer of a block is seen by itself, in the order of the model, and behind those
+            before it that `after_block` has changed.
+        changes (`bool`): whether `after_block` changes anything; otherwise each block is run once.
+        whole (`Collection[str]`): layers in blocks that run several times, which are seen in runs of the whole model.
+        around_block (`Callable`): gives a context in which the block that holds the named layers is run.
+    """
+
+    in_turn: bool = False
+    changes: bool = True
+    whole: Collection[str] = ()
+    around_block: AroundBlock = lambda names: nullcontext()
+
+    def parts(self, names: list[str]) -> list[list[str]]:
+        """Layers that are seen together."""
+        return [[name] for name in names] if self.in_turn else [names]
+
+
+AS_IS = Manner()
+
+
 def walk(
     model: nn.Module,
     watched: Watched,
@@ -41,7 +66,7 @@ def walk(
     num_samples: int,
     after_block: Optional[AfterBlock] = None,
     device: Optional[torch.device | str] = None,
-    around_block: AroundBlock = lambda names: nullcontext(),
+    manner: Manner = AS_IS,
 ) -> None:
     """Show observers what comes into layers, see above. The model runs in eval mode, and is left as it was.
 
@@ -54,7 +79,7 @@ def walk(
         after_block (`Callable`, *optional*):
             called with the names of the layers that were seen; may return a loss for the progress bar.
         device (*optional*): where blocks are run, one at a time, by default where they are.
-        around_block (`Callable`, *optional*): gives a context in which the block that holds the named layers is run.
+        manner ([`Manner`]): how blocks are walked.
 
     Raises:
         ValueError: there are no batches, they are no mappings, do not fit the model, or hold nothing but padding.
@@ -66,7 +91,7 @@ def walk(
         taken = list(_taken(model, batches, num_samples, torch.device("cpu")))
         check_counts([counts for _, counts in taken])
         warn_of_few_examples(sum(len(next(iter(inputs.values()))) for inputs, _ in taken), num_samples)
-        _block_by_block(model, watched, taken, observer, after_block, device, around_block)
+        _block_by_block(model, watched, taken, observer, after_block, device, manner)
 
 
 def _taken(
@@ -109,31 +134,42 @@ class _Watch:
     """Has an observer see the inputs of some layers, in passes that end when there is nothing left to see.
 
     A pass runs to its end unless each layer was called once in the first one: what is dynamic may call some again.
+
+    Args:
+        watched: layers by name.
+        observer ([`Observer`]): what sees them.
+        to_end (`bool`): whether passes run to their end in any case.
     """
 
-    def __init__(self, watched: Watched, observer: Observer) -> None:
-        self.watched, self.observer = watched, observer
+    def __init__(self, watched: Watched, observer: Observer, to_end: bool = False) -> None:
+        self.watched, self.observer, self.to_end = watched, observer, to_end
         self._calls: Counter[str] = Counter()
         self._first, self._stops = True, False
 
     def __enter__(self) -> _Watch:
-        self._handles = [m.register_forward_pre_hook(self._note(key, dec)) for key, (m, dec) in self.watched.items()]
+        layers, blocks = self.watched.items(), self.observer.blocks
+        self._handles: list[Any] = [m.register_forward_pre_hook(self._note(key, dec)) for key, (m, dec) in layers]
+        self._handles += [
+            blocks[key].register_forward_hook(self._put_out(key, dec)) for key, (_, dec) in layers if key in blocks
+        ]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def run(self, counts: Counts, forward: Callable[[], Any]) -> None:
-        """One forward pass, of a batch with these real tokens."""
+    def run(self, counts: Counts, forward: Callable[[], Any]) -> Any:
+        """One forward pass, of a batch with these real tokens; what it returns, if it ends."""
         self._calls.clear()
         self.observer.start(counts)
+        output = None
         try:
-            forward()
+            output = forward()
         except Stop:
             pass
-        if self._first:
+        if self._first and not self.to_end:
             self._first, self._stops = False, all(self._calls[key] == 1 for key in self.watched)
+        return output
 
     def _note(self, key: str, decoder: bool) -> Any:
         def note(module: nn.Module, args: tuple) -> None:
@@ -143,6 +179,9 @@ class _Watch:
                 raise Stop
 
         return note
+
+    def _put_out(self, key: str, decoder: bool) -> Any:
+        return lambda module, args, output: self.observer.put_out(key, decoder, hidden_states(output))
 
 
 # --------------------------------------------------------------------- one pass
@@ -206,15 +245,16 @@ def _block_by_block(
     observer: Observer,
     after_block: AfterBlock,
     device: Optional[torch.device | str],
-    around_block: AroundBlock,
+    manner: Manner,
 ) -> None:
-    stacks, outside = find_stacks(model, watched)
+    stacks, outside = find_stacks(model, [name for name in watched if name not in manner.whole])
+    outside += [name for name in watched if name in manner.whole]
     with tqdm(total=sum(len(stack.layers) for stack in stacks), desc="calibrate: blocks", unit="block") as bar:
         for stack in stacks:
-            _one_stack(model, stack, watched, taken, observer, after_block, device, around_block, bar)
-    if outside:
-        _whole_model(model, {key: watched[key] for key in outside}, taken, observer)
-        after_block(outside)
+            _one_stack(model, stack, watched, taken, observer, after_block, device, manner, bar)
+    for part in manner.parts(outside) if outside else ():
+        _whole_model(model, {key: watched[key] for key in part}, taken, observer, not manner.changes)
+        after_block(part)
 
 
 def _one_stack(
@@ -225,7 +265,7 @@ def _one_stack(
     observer: Observer,
     after_block: AfterBlock,
     device: Optional[torch.device | str],
-    around_block: AroundBlock,
+    manner: Manner,
     bar: Any,
 ) -> None:
     """The blocks of a stack; those behind the last one of interest are not walked."""
@@ -234,17 +274,19 @@ def _one_stack(
     hidden, calls = capture(model, [stack.blocks[n] for n in numbers], [inputs for inputs, _ in taken])
     for i, number in enumerate(numbers):
         block, names = stack.blocks[number], stack.layers.get(number, [])
-        with _moved(block, device) as place, around_block(names):
-            if names:
-                with _Watch({key: watched[key] for key in names}, observer) as watch:
-                    for (_, counts), states, call in zip(taken, hidden, calls[i], strict=True):
-                        watch.run(counts, partial(_run, block, states, call, place))
-                loss = after_block(names)
+        with _moved(block, device) as place, manner.around_block(names):
+            for part in manner.parts(names) if names else ():
+                with _Watch({key: watched[key] for key in part}, observer, to_end=not manner.changes) as watch:
+                    for j, ((_, counts), call) in enumerate(zip(taken, calls[i], strict=True)):
+                        output = watch.run(counts, partial(_run, block, hidden[j], call, place))
+                        hidden[j] = hidden[j] if manner.changes else output
+                loss = after_block(part)
                 if loss is not None:
                     bar.set_postfix({"loss": f"{loss:.2g}"}, refresh=False)
-                bar.update()
-            for j, call in enumerate(calls[i] if number != last else ()):
-                hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
+            bar.update(bool(names))
+            if number != last and (manner.changes or not names):
+                for j, call in enumerate(calls[i]):
+                    hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
 
 
 @contextmanager
@@ -269,8 +311,12 @@ def _run(block: nn.Module, hidden: torch.Tensor, call: Call, device: Any) -> tor
 
 
 def _whole_model(
-    model: nn.Module, watched: Watched, taken: list[tuple[dict[str, torch.Tensor], Counts]], observer: Observer
+    model: nn.Module,
+    watched: Watched,
+    taken: list[tuple[dict[str, torch.Tensor], Counts]],
+    observer: Observer,
+    to_end: bool,
 ) -> None:
-    with _Watch(watched, observer) as watch:
+    with _Watch(watched, observer, to_end) as watch:
         for inputs, counts in taken:
             watch.run(counts, partial(model, **to_device(inputs, _device(model))))

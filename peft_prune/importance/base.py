@@ -22,6 +22,8 @@ class Importance:
     needs_weights: ClassVar[bool] = True
     # whether calibration has to look at what comes into a layer
     reads_activations: ClassVar[bool] = False
+    # whether calibration looks block by block, even if nothing is changed on the way
+    by_block: ClassVar[bool] = False
     # whether training multiplies by gates between 0 and 1, which follow from the scores and not from the mask
     gates: ClassVar[bool] = False
     # where the penalty's sigmoid has its middle
@@ -37,10 +39,6 @@ class Importance:
     def rank(self, layer: Any, name: str) -> torch.Tensor:
         """What decides which units stay, the largest first: float, shape (out / rows, in / columns)."""
         raise NotImplementedError
-
-    def output_loss(self, layer: Any, name: str) -> Optional[float]:
-        """Relative loss of a layer's output by what was chosen for it; `None` if what is noted does not say it."""
-        return None
 
     def scores(self, layer: Any, name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """What receives the gradient of the scores, and the factor of the penalty's gradient that is added to it."""

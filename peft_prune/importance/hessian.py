@@ -9,7 +9,6 @@ import torch
 
 from ..calibration.observers import GramMatrices
 from ..selection.granularity import pool
-from ..solvers.gram import loss
 from .base import Importance
 
 
@@ -28,8 +27,3 @@ class Hessian(Importance):
         """Float32, shape (out / rows, in / columns)."""
         norms = layer.host[name].seen.diagonal().sqrt().to(layer.weight.device)
         return pool(layer.matrix.detach().float().abs() * norms, layer.block(name))
-
-    def output_loss(self, layer: Any, name: str) -> float:
-        """`tr((Ŵ − W) G (Ŵ − W)ᵀ) / tr(W G Wᵀ)`, with the update."""
-        matrix = layer.matrix.detach()
-        return loss(matrix, layer.adapted(name, matrix), layer.host[name].seen)

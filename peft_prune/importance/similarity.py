@@ -12,11 +12,11 @@ from ..calibration.observers import TokenSample
 from ..structure.clustering import column_similarity, head_similarity, least_first, removal_order
 from ..structure.norms import unit_norms
 from ..structure.sites import HEADS, Site
-from .base import Importance
+from .units import UnitImportance
 
 
 @dataclass(frozen=True)
-class Similarity(Importance):
+class Similarity(UnitImportance):
     """The order in which the heads or neurons of a layer go.
 
     Args:

@@ -25,6 +25,7 @@ class Host:
         updated (`bool`): whether the layer is among those with an update.
         pruned (`bool`): whether it is among those that are pruned.
         rows (`torch.Tensor`, *optional*): rows that are updated: int64; `None` for all.
+        units (`torch.Tensor`, *optional*): columns of each head or neuron: int64, shape (units, columns of a unit).
         start: where scores of low rank start.
         threshold ([`LastThreshold`]): of the last selection, which makes the next one faster.
         counted (`tuple`, *optional*): `progress`, its version, and what the host knows it to hold.
@@ -43,6 +44,7 @@ class Host:
     updated: bool = True
     pruned: bool = True
     rows: Optional[torch.Tensor] = None
+    units: Optional[torch.Tensor] = None
     start: Any = None
     threshold: LastThreshold = field(default_factory=LastThreshold)
     counted: Optional[tuple[torch.Tensor, int, list[Any]]] = None

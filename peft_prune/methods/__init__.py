@@ -5,6 +5,7 @@ from .movement import MovementPruningConfig, MovementPruningModel
 from .ppruning import PPruningConfig, PPruningModel
 from .smp import SMPConfig, SMPModel
 from .sparsegpt import SparseGPTConfig, SparseGPTModel
+from .structured import StructuredPruningConfig, StructuredPruningModel
 from .wanda import WandaConfig, WandaModel
 
 
@@ -19,6 +20,8 @@ __all__ = [
     "SMPModel",
     "SparseGPTConfig",
     "SparseGPTModel",
+    "StructuredPruningConfig",
+    "StructuredPruningModel",
     "WandaConfig",
     "WandaModel",
 ]

@@ -156,8 +156,8 @@ class MovementPruningConfig(TrainedConfig):
             )
         if self.update != "full" and self.value_dtype != "float32" and not self.finalized:
             raise ValueError(
-                f"value_dtype={self.value_dtype!r} has no effect with update={self.update!r}, which stores no values of "
-                "kept weights. Leave it out, or use update='full'."
+                f"value_dtype={self.value_dtype!r} has no effect with update={self.update!r}, which stores no values "
+                "of kept weights. Leave it out, or use update='full'."
             )
         if self.mask != "topk" or self.from_existing_zeros:
             what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"

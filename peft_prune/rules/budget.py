@@ -1,39 +1,55 @@
-"""A budget of FLOPs over the heads and neurons of a model (P-pruning, Wang et al. 2024, section 3.3)."""
+"""A budget of FLOPs or parameters over the heads and neurons of a model."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
+import numpy as np
 import torch
 from transformers.utils.logging import tqdm
 
 from ..layers.sharding import agreed
 from ..structure.budget import Plan, choose_units
-from ..structure.flops import unit_macs
+from ..structure.flops import unit_cost, unit_macs, unit_parameters
 from ..structure.sites import HEADS, Site, find_sites
 from .base import Rule
 
 
+_COUNTED = {"flops": "FLOPs", "parameters": "parameters"}
+
+
 @dataclass(frozen=True)
 class Budget(Rule):
-    """Units go in their order until the FLOPs are met, shared out between heads and neurons as 1 : λ.
+    """Units go in their order until the budget is met.
+
+    With λ, heads and neurons share out what goes as 1 : λ (P-pruning, Wang et al. 2024, section 3.3). Without, all are
+    in one list, by loss per cost; where an importance says nothing of losses, layers lose equal shares of their units.
 
     Args:
-        keep_ratio (`float`): share of the FLOPs that stays.
-        lambda_ffn (`float`): λ, how much more is taken from neurons than from heads.
+        keep_ratio (`float`): share of the cost that stays.
+        lambda_ffn (`float`, *optional*): λ, how much more is taken from neurons than from heads.
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
+        budget (`str`): what is counted, `"flops"` or `"parameters"`.
+        min_share (`float`): share of the units of each layer that stays in any case; at least one does.
     """
 
     keep_ratio: float = 0.5
-    lambda_ffn: float = 5.0
+    lambda_ffn: Optional[float] = 5.0
     sequence_length: int = 128
+    budget: str = "flops"
+    min_share: float = 0.0
 
-    label = "FLOPs budget over heads and neurons of the model"
     finds_sparsity = True
     structured = True
     across_layers = True
     needs_weights = True
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """In words."""
+        return f"{_COUNTED[self.budget]} budget over heads and neurons of the model"
 
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
         """Masks (bool, (out, in)) by module name: columns of removed units are `False`."""
@@ -44,27 +60,55 @@ class Budget(Rule):
         bar = tqdm(sites.items(), desc="calibrate: compare units", unit="layer", disable=not seen)  # others are quick
         for module, site in bar:
             heights, order = importance.order(model, site, (seen or {}).get(module), generator)
-            plans.append(Plan(site, unit_macs(model, site, self.sequence_length), heights, order))
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn))
+            plans.append(self._plan(model, site, heights, order, importance.comparable))
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget]))
         masks = {}
         for layer in layers:
             site = sites[layer.module_name]
-            columns = torch.zeros(layer.shape[1], dtype=torch.bool)
-            columns[site.columns[kept[site.output]].flatten()] = True
-            masks[layer.module_name] = columns.expand(layer.shape).contiguous()
+            masks[layer.module_name] = _columns(layer, site.columns[kept[site.output]])
         return masks
 
+    def _plan(self, model: Any, site: Site, heights: np.ndarray, order: np.ndarray, comparable: bool) -> Plan:
+        """What may go, at heights that can be compared."""
+        cost = unit_cost(model, site, self.budget, self.sequence_length)
+        most = site.units - max(1, math.ceil(self.min_share * site.units))
+        if comparable:
+            heights = heights / cost
+        elif self.lambda_ffn is None:
+            heights = np.arange(1, len(order) + 1) / site.units
+        return Plan(site, cost, heights[:most], order[:most])
+
+    def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """As many units as before, chosen anew by the inputs behind pruned layers."""
+        host, mask = layer.host[name], layer.get_mask(name)
+        alive = mask[0].cpu()[host.units[:, 0]]
+        gone = int((~alive).sum())
+        order = host.recipe.importance.order_again(layer, name, gone) if gone else None
+        if order is None:
+            return mask, None
+        alive = torch.ones_like(alive)
+        alive[order.cpu()] = False
+        return _columns(layer, host.units[alive]), None
+
     def shares(self, model: Any, name: str, layers: list[Any]) -> dict[str, float]:
-        """Shares that stay: `flops`, `heads` and `neurons`."""
-        units: dict[str, list[int]] = {"heads": [0, 0], "neurons": [0, 0], "flops": [0, 0]}
+        """Shares that stay: `flops`, `parameters`, `heads` and `neurons`."""
+        totals = {key: [0, 0] for key in ("flops", "parameters", "heads", "neurons")}
+        sites = sites_of(model, layers)
         for layer in layers:
-            site = sites_of(model, [layer])[layer.module_name]
-            alive = int(layer.get_mask(name)[0][site.columns[:, 0]].sum())
-            cost = unit_macs(model, site, self.sequence_length)
-            for key, factor in (("heads" if site.kind == HEADS else "neurons", 1), ("flops", cost)):
-                units[key][0] += factor * alive
-                units[key][1] += factor * site.units
-        return {key: kept / total if total else 1.0 for key, (kept, total) in units.items()}
+            site = sites[layer.module_name]
+            alive = int(layer.get_mask(name)[0].cpu()[site.columns[:, 0]].sum())
+            costs = {"flops": unit_macs(model, site, self.sequence_length), "parameters": unit_parameters(model, site)}
+            for key, cost in (costs | {"heads" if site.kind == HEADS else "neurons": 1}).items():
+                totals[key][0] += cost * alive
+                totals[key][1] += cost * site.units
+        return {key: kept / total if total else 1.0 for key, (kept, total) in totals.items()}
+
+
+def _columns(layer: Any, columns: torch.Tensor) -> torch.Tensor:
+    """A mask (bool, shape (out, in)) that keeps some columns."""
+    kept = torch.zeros(layer.shape[1], dtype=torch.bool)
+    kept[columns.flatten()] = True
+    return kept.expand(layer.shape).contiguous()
 
 
 def sites_of(model: Any, layers: list[Any]) -> dict[str, Site]:

@@ -13,6 +13,7 @@ from .outliers import outlier_ratio, owl_sparsities
 from .pattern import Pattern
 from .sparsegpt import sparsegpt
 from .swaps import improve_mask
+from .units import order_without_repair, removal_order, repair, unit_losses
 
 
 __all__ = [
@@ -23,9 +24,13 @@ __all__ = [
     "improve_mask",
     "loss",
     "low_rank_error",
+    "order_without_repair",
     "outlier_ratio",
     "owl_sparsities",
     "refit",
     "refit_exactly",
+    "removal_order",
+    "repair",
     "sparsegpt",
+    "unit_losses",
 ]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ..calibration.checks import check_device
-from ..calibration.walk import Watched, walk
+from ..calibration.walk import Watched
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import refuse_data_parallel, refuse_sharded
 from ..recipe import Moment, Recipe
 from ..structure.sites import find_sites
+from .across_layers import choose_across_layers, set_all
 from .finalize import switch_over, tell_sparsity
 from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
@@ -68,7 +69,7 @@ def calibrate(
             f"calibrate: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
             "calibrate(model, [batch])."
         )
-    if recipe.importance.reads_activations and batches is None:
+    if recipe.needs_activations and batches is None:
         raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
     if device is not None:
@@ -91,27 +92,18 @@ def _choose(
     device: Optional[torch.device | str],
 ) -> dict[str, float]:
     """Put masks in force, of all layers at once or block by block; return the layers' losses, where they are known."""
-    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    recipe = layers[0].host[name].recipe
     for layer in layers:  # dense, whatever was in force before
         layer.start_bits(name, torch.ones(layer.shape, dtype=torch.bool))
-    if not recipe.importance.reads_activations:
-        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
+    if not recipe.needs_activations:
+        set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
         return {}
     assert batches is not None
     watched, by_path = _watched(model, layers), _by_path(model, layers)
-    if recipe.rule.across_layers:
-        observer = recipe.importance.observer(config)
-        walk(model, watched, batches, observer, config.num_samples)
-        seen = {layer.module_name: observer.result(path) for path, layer in by_path.items()}
-        _set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
-        return {}
-    _check_active(name, layers)
-    return choose_layer_by_layer(model, name, by_path, watched, batches, device)
-
-
-def _set_all(name: str, layers: list[PruningLayer], masks: Mapping[str, torch.Tensor]) -> None:
-    for layer in layers:
-        layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
+    if recipe.by_block:
+        _check_active(name, layers)
+    choose = choose_across_layers if recipe.rule.across_layers else choose_layer_by_layer
+    return choose(model, name, by_path, watched, batches, device)
 
 
 def _by_path(model: nn.Module, layers: list[PruningLayer]) -> dict[str, PruningLayer]:
@@ -141,7 +133,7 @@ def _check_active(name: str, layers: list[PruningLayer]) -> None:
 
 
 def _check_device(device: torch.device | str, recipe: Recipe) -> None:
-    if not recipe.importance.reads_activations or recipe.rule.across_layers:
+    if not (recipe.by_block or recipe.importance.by_block):
         raise ValueError(
             f"calibrate: device={device!r} is for methods that are calibrated block by block. This one looks at the "
             f"whole model: move it there, model.to({str(device)!r}), and leave device out."

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from ..calibration.walk import Watched, walk
+from ..calibration.walk import AS_IS, Manner, Watched, walk
 from ..layers.layer import PruningLayer
 from ..layers.sharding import agreed
 
@@ -37,14 +38,11 @@ def choose_layer_by_layer(
         `dict[str, float]`: relative loss of each layer's output, of methods that know it.
     """
     first = next(iter(layers.values()))
-    choice = _Choice(name, layers, first.host[name].recipe.importance.observer(first.config(name)))
-    samples = first.config(name).num_samples
-    with _caching(layers.values(), False):
-        walk(model, watched, batches, choice.observer, samples, choice.of_block, device, choice.kept_weights)
-    return choice.losses
+    observer = first.host[name].recipe.importance.observer(first.config(name))
+    return LayerByLayer(name, layers, observer).walk(model, watched, batches, device)
 
 
-class _Choice:
+class LayerByLayer:
     """What is chosen for each layer, and the loss that it makes."""
 
     def __init__(self, name: str, layers: Mapping[str, PruningLayer], observer: Any) -> None:
@@ -52,21 +50,37 @@ class _Choice:
         self.losses: dict[str, float] = {}
         self._worst = 1.0  # tokens over tokens needed, of the layer that was last warned about
 
-    def of_block(self, paths: list[str]) -> Optional[float]:
+    def walk(
+        self,
+        model: nn.Module,
+        watched: Watched,
+        batches: Iterable[Any],
+        device: Optional[torch.device | str],
+        manner: Manner = AS_IS,
+    ) -> dict[str, float]:
+        """Choose for all layers, and return the losses that are known."""
+        samples = next(iter(self.layers.values())).config(self.name).num_samples
+        manner = replace(manner, around_block=self._kept_weights)
+        with _caching(self.layers.values(), False):
+            walk(model, watched, batches, self.observer, samples, self._of_block, device, manner)
+        return self.losses
+
+    def _of_block(self, paths: list[str]) -> Optional[float]:
         """Choose for the layers of a block, and return their mean loss."""
         self._warn_of_few_tokens(paths)
         for path in paths:
             layer = self.layers[path]
             layer.host[self.name].seen = self.observer.result(path)
             self._choose(layer)
-            loss = layer.host[self.name].recipe.importance.output_loss(layer, self.name)
+            matrix = layer.matrix.detach()
+            loss = self.observer.output_loss(matrix, layer.adapted(self.name, matrix), layer.host[self.name].seen)
             layer.host[self.name].seen = None
             if loss is not None:
                 self.losses[path] = agreed(loss)
         losses = [self.losses[path] for path in paths if path in self.losses]
         return sum(losses) / len(losses) if losses else None
 
-    def kept_weights(self, paths: list[str]) -> Any:
+    def _kept_weights(self, paths: list[str]) -> Any:
         """While a block is run, its masked weights are kept between batches."""
         return _caching([self.layers[path] for path in paths], True)
 

@@ -1,10 +1,11 @@
-"""How many heads and neurons have to go for a budget, and which (P-pruning, Wang et al. 2024, section 3.3)."""
+"""How many heads and neurons have to go for a budget, and which: of each kind (P-pruning, section 3.3), or of all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ class Plan:
 
     Attributes:
         site ([`Site`]): the site.
-        cost (`int`): multiply-adds of one of its units.
-        heights (`np.ndarray`): ascending, shape (units - 1,): comparable between sites of a kind.
-        order (`np.ndarray`): int64, shape (units - 1,): the unit that goes at each height.
+        cost (`int`): what one of its units costs, in multiply-adds or parameters.
+        heights (`np.ndarray`): ascending, one for each unit that may go: comparable between sites.
+        order (`np.ndarray`): int64, the same shape: the unit that goes at each height.
     """
 
     site: Site
@@ -29,37 +30,45 @@ class Plan:
     order: np.ndarray
 
 
-def choose_units(plans: Sequence[Plan], keep_ratio: float, lambda_ffn: float) -> dict[str, torch.Tensor]:
-    """Choose the units that stay: at one height for all heads and one for all neurons, the lowest that will do.
+def choose_units(
+    plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[float], what: str = "FLOPs"
+) -> dict[str, torch.Tensor]:
+    """Choose the units that stay: those below one height go, the lowest height that meets the budget.
 
-    What has to go is shared out between heads and neurons as 1 : λ. What one kind cannot give, since each site keeps a
-    unit, the other gives.
+    With λ, what has to go is shared out between heads and neurons as 1 : λ, and there is one height for all heads and
+    one for all neurons; what one kind cannot give, the other gives. Without, heads and neurons are in one list.
 
     Args:
         plans (`Sequence[Plan]`): a plan for each site.
-        keep_ratio (`float`): share of the multiply-adds of these sites that stays.
-        lambda_ffn (`float`): λ, how much more is taken from neurons than from heads.
+        keep_ratio (`float`): share of the cost of these sites that stays.
+        lambda_ffn (`float`, *optional*): λ, how much more is taken from neurons than from heads.
+        what (`str`): what costs are counted in, for the error.
 
     Returns:
-        `dict[str, torch.Tensor]`: for each site by the name of its output the units that stay: int64, ascending.
+        `dict[str, torch.Tensor]`: for each site by the name of its output the units that stay: int64, ascending. Their
+        cost is at most a unit above or below the budget.
 
     Raises:
         ValueError: so few units cannot be reached.
     """
     total = sum(plan.cost * plan.site.units for plan in plans)
-    kinds = [[p for p in plans if p.site.kind == HEADS], [p for p in plans if p.site.kind != HEADS]]
+    kinds: list[list[Plan]] = [list(plans)]
+    if lambda_ffn is not None:
+        kinds = [[p for p in plans if p.site.kind == HEADS], [p for p in plans if p.site.kind != HEADS]]
     most = [sum(p.cost * len(p.order) for p in kind) for kind in kinds]
     wanted = (1.0 - keep_ratio) * total
     if wanted > sum(most) + 0.5:
         raise ValueError(
-            f"keep_ratio={keep_ratio!r} cannot be reached: with one unit left in every layer, "
-            f"{1 - sum(most) / total:.4f} of the FLOPs remain. Use a larger keep_ratio."
+            f"keep_ratio={keep_ratio!r} cannot be reached: with the units that every layer keeps, "
+            f"{1 - sum(most) / total:.4f} of the {what} remain. Use a larger keep_ratio."
         )
-    goals = [wanted / (1 + lambda_ffn), wanted * lambda_ffn / (1 + lambda_ffn)]
-    for one, other in ((0, 1), (1, 0)):
-        excess = max(0.0, goals[one] - most[one])
-        goals[one] -= excess
-        goals[other] += excess
+    goals = [wanted]
+    if lambda_ffn is not None:
+        goals = [wanted / (1 + lambda_ffn), wanted * lambda_ffn / (1 + lambda_ffn)]
+        for one, other in ((0, 1), (1, 0)):
+            excess = max(0.0, goals[one] - most[one])
+            goals[one] -= excess
+            goals[other] += excess
     kept = {}
     for kind, goal in zip(kinds, goals, strict=True):
         for plan, gone in zip(kind, _cut(kind, goal), strict=True):
@@ -69,13 +78,24 @@ def choose_units(plans: Sequence[Plan], keep_ratio: float, lambda_ffn: float) ->
 
 
 def _cut(plans: Sequence[Plan], goal: float) -> list[int]:
-    """How many units each site loses when units go by height until their cost reaches the goal."""
+    """How many units each site loses when units go by height until their cost reaches the goal.
+
+    Near the end, a unit that would miss the goal by more than the smallest units stays, and smaller ones go instead.
+    """
     gone = [0] * len(plans)
+    smallest = min((plan.cost for plan in plans if len(plan.order)), default=0)
     steps = sorted((height, i, plan.cost) for i, plan in enumerate(plans) for height in plan.heights)
     removed = 0
-    for _, i, cost in steps:
-        if removed >= math.floor(goal):  # a goal is a float
-            break
-        removed += cost
-        gone[i] += 1
+    for most in (goal + smallest, math.inf):
+        passed_over = []
+        for step in steps:
+            _, i, cost = step
+            if removed >= math.floor(goal):  # a goal is a float
+                return gone
+            if removed + cost > most:
+                passed_over.append(step)
+                continue
+            removed += cost
+            gone[i] += 1
+        steps = passed_over
     return gone

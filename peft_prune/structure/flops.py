@@ -14,6 +14,7 @@ from .sites import HEADS, Site, find_sites, linear_shape
 
 
 DEFAULT_LENGTH = 128
+BUDGETS = ("flops", "parameters")
 
 
 def unit_macs(model: nn.Module, site: Site, sequence_length: int) -> int:
@@ -36,6 +37,21 @@ def unit_macs(model: nn.Module, site: Site, sequence_length: int) -> int:
     if site.kind == HEADS:
         macs += 2 * sequence_length**2 * site.width
     return macs * site.repeats
+
+
+def unit_parameters(model: nn.Module, site: Site) -> int:
+    """Numbers in the parameters of one unit: its columns and rows, and the biases of these."""
+    modules = dict(model.named_modules())
+    count = linear_shape(modules[site.output])[0] * site.width
+    for name, rows in site.rows.items():
+        bias = getattr(modules[name], "bias", None) is not None
+        count += (linear_shape(modules[name])[1] + bias) * rows.shape[1]
+    return count
+
+
+def unit_cost(model: nn.Module, site: Site, budget: str, sequence_length: int) -> int:
+    """What one unit costs: [`unit_macs`] for the budget `"flops"`, [`unit_parameters`] for `"parameters"`."""
+    return unit_macs(model, site, sequence_length) if budget == "flops" else unit_parameters(model, site)
 
 
 def sites_macs(model: nn.Module, sites: Sequence[Site], sequence_length: int) -> int:

@@ -117,7 +117,7 @@ def _check_combination(
             raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(model.peft_config)}.")
         if not cast(PruningConfig, model.peft_config[name]).finalized:
             raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
-        if model.peft_config[name].recipe().update.tensors:
+        if any(layer.changes_weights(name) for layer in pruning_layers(model, name)):
             raise ValueError(f"adapters: {name!r} has weights of its own, which cannot be combined as masks are.")
         if pruning_layers(model, name) != pruning_layers(model, adapters[0]):
             raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")

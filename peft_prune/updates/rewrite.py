@@ -7,6 +7,8 @@ from typing import Any, Optional
 
 import torch
 
+from ..layers.sharding import agreed
+from ..solvers.units import repair
 from ..storage.codec import describe_values
 from ..storage.values import decode_values
 from .stored_values import StoredValues
@@ -47,3 +49,30 @@ class Rewrite(StoredValues):
         if stored is None:
             return super().final(layer, name, mask)
         return {"values": describe_values(stored, self.value_dtype)}, {"values": stored}
+
+
+@dataclass(frozen=True)
+class Repair(Rewrite):
+    """Columns that stay make up for those that are removed, by least squares on the inputs behind pruned layers.
+
+    A matrix that loses no column stays as it is, and nothing is stored of it.
+
+    Args:
+        damping (`float`): how far new values are drawn to the old ones, as a share of the mean squared input.
+    """
+
+    damping: float = 0.01
+
+    label = "rewritten by least squares"
+    fits = True
+
+    def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
+        """Find new values for the columns that the mask keeps."""
+        columns = layer.get_mask(name)[0]
+        if not bool(columns.all()):
+            found = repair(layer.matrix.detach(), layer.host[name].seen, columns, self.damping)
+            super().settle(layer, name, agreed(found.cpu()).to(layer.weight.device))
+
+    def final(self, layer: Any, name: str, mask: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The new values in their stored form, if there are any."""
+        return super().final(layer, name, mask) if self.changes_weights(layer, name) else ({}, {})

@@ -1,0 +1,108 @@
+"""Heads and neurons chosen by the loss of the output over the whole model; what stays is repaired by least squares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from peft.utils import PeftType
+
+from ..calibrated_config import UnitsConfig
+from ..config_checks import check_choice, check_number
+from ..importance.output_loss import CRITERIA as LOSSES
+from ..importance.output_loss import OutputLoss
+from ..importance.similarity import Similarity
+from ..importance.units import UnitImportance
+from ..recipe import Moment, Recipe
+from ..rules.budget import Budget
+from ..structure.flops import BUDGETS
+from ..tuner.registration import register_method
+from ..tuner.units import UnitPruningModel
+
+
+CRITERIA = (*LOSSES, "similarity", "magnitude", "random")
+
+
+@dataclass
+class StructuredPruningConfig(UnitsConfig):
+    """
+    Configuration of structured pruning without training: attention heads (groups of them, where they share keys and
+    values) and feed-forward neurons are removed where the output loses least per FLOP or parameter, over the whole
+    model, and the weights that stay make up for them. Get the model, then call [`peft_prune.calibrate`] with batches of
+    text; `merge_and_unload()` returns a smaller model.
+
+    Args:
+        keep_ratio (`float`):
+            Share of the FLOPs (or parameters) of attentions and feed-forward networks that stays, in (0, 1].
+        budget (`str`):
+            What `keep_ratio` counts: `"flops"` or `"parameters"`.
+        criterion (`str`):
+            `"loss"`: greedily, the units without which the output loses least when the others make up for them (Optimal
+            Brain Surgeon for groups of columns, as ZipLM and SlimGPT). `"activation"`: each unit by itself,
+            `‖W_j‖·rms(x_j)`. As baselines, in equal shares of each layer: `"similarity"` (as P-pruning), `"magnitude"`
+            and `"random"`.
+        repair (`bool`):
+            Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
+            The adapter then holds new values of the matrices that heads and neurons feed, and not only a mask.
+        lambda_ffn (`float`, *optional*):
+            How much more is taken from neurons than from heads; by default heads and neurons are in one list.
+        min_share (`float`):
+            Share of the heads and of the neurons of each layer that stays in any case; at least one does.
+        sequence_length (`int`):
+            Tokens of the sequence that FLOPs are counted for.
+        damping (`float`):
+            Share of the mean squared input that is added to all, so that the problem is well posed.
+        value_dtype (`str`):
+            How repaired weights are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each
+            row.
+        num_samples (`int`):
+            Number of examples that `calibrate` looks at.
+        init_weights (`bool`):
+            If `False`, a random choice of heads and neurons is in force until `calibrate` makes its own. For tests.
+        seed (`int`):
+            Seed of `criterion="random"`.
+
+    Example:
+
+        ```py
+        >>> from peft_prune import StructuredPruningConfig
+
+        >>> config = StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.8)
+        ```
+    """
+
+    keep_ratio: float = field(default=0.8, metadata={"help": "Share of the FLOPs or parameters that stays."})
+    budget: str = field(default="flops", metadata={"help": "'flops' or 'parameters'."})
+    criterion: str = field(default="loss", metadata={"help": f"One of {', '.join(CRITERIA)}."})
+    repair: bool = field(default=True, metadata={"help": "Whether weights that stay make up for what is removed."})
+    lambda_ffn: Optional[float] = field(
+        default=None, metadata={"help": "How much more is taken from neurons than from heads; None: one list."}
+    )
+    min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that stays."})
+    sequence_length: int = field(default=512, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
+
+    def __post_init__(self, density: Optional[float] = None):
+        check_choice("budget", self.budget, BUDGETS)
+        super().__post_init__(density)
+        self.peft_type = PeftType("STRUCTURED")
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_number("min_share", self.min_share, 0.0, 1.0, "It is a share of the units of each layer, e.g. 0.05.")
+        if self.lambda_ffn is not None:
+            check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "P-pruning's paper uses 5; None is one list.")
+
+    def recipe(self) -> Recipe:
+        """The loss of the output; a budget over the model; weights that stay are repaired; at calibration."""
+        importance: UnitImportance = Similarity(self.criterion, seed=self.seed)
+        if self.criterion in LOSSES:
+            importance = OutputLoss(self.criterion, self.repair, self.damping, self.seed)
+        rule = Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, self.budget, self.min_share)
+        return Recipe(importance, rule, self.kept_weights(), Moment.CALIBRATION)
+
+
+class StructuredPruningModel(UnitPruningModel):
+    """Heads and neurons removed without training. Configure it with [`StructuredPruningConfig`]."""
+
+    prefix = "structured_"
+
+
+register_method(name="structured", config_cls=StructuredPruningConfig, model_cls=StructuredPruningModel)
