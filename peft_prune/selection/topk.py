@@ -14,7 +14,7 @@ from .warm_start import LastThreshold
 
 # Odd, so multiplying by it modulo 2**32 is a bijection; close to 2**32 / golden ratio, so neighbours land far apart.
 _SCRAMBLE = 2654435761
-_NAN = (
+NAN = (
     "The scores hold NaN, so they cannot be ranked. Either training has diverged (lower the score learning rate, or "
     "clip gradients), or base weights that were loaded after the adapter was added hold NaN or infinity."
 )
@@ -97,7 +97,7 @@ def _select_on_cpu(values: np.ndarray, k: int, last: LastThreshold) -> np.ndarra
     largest = np.partition(values, len(values) - k)[len(values) - k :]
     threshold = largest[0]
     if np.isnan(largest).any():  # NumPy takes it for the largest of all
-        raise ValueError(_NAN)
+        raise ValueError(NAN)
     mask = values >= threshold
     found = int(np.count_nonzero(mask))
     last.note(float(threshold))
@@ -111,7 +111,7 @@ def _select_on_cpu(values: np.ndarray, k: int, last: LastThreshold) -> np.ndarra
 def check_ranked(scores: torch.Tensor) -> None:
     """Raise `ValueError` if scores hold NaN; the host waits for the answer."""
     if bool(torch.isnan(scores).any()):
-        raise ValueError(_NAN)
+        raise ValueError(NAN)
 
 
 def n_m_mask(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
