@@ -17,6 +17,7 @@ from ..recipe import Moment
 from ..structure.sites import find_sites
 from .finalize import switch_over, tell_sparsity
 from .own_config import own_config
+from .start import adapters_that_wait, calibrate_start
 
 
 def calibrate(
@@ -28,13 +29,17 @@ def calibrate(
 ) -> dict[str, float]:
     """Choose what stays by what comes into the layers, and make the masks final.
 
+    Of a trained method with a calibrated start, such as `SMPConfig(score_init="wanda")`, it fills the scores, and
+    training follows.
+
     Runs the model on `config.num_samples` examples; memory does not grow with the data. Methods that choose layer by
     layer are walked block by block: a block sees what the pruned blocks before it put out. Adapters of other kinds stay
     in force meanwhile. Of several processes, all have to call it, and all get the choice of the first. Progress bars
     show how far it is; `transformers.utils.logging.disable_progress_bar()` switches them off.
 
     Args:
-        model (`nn.Module`): any model with an adapter of a calibrated method that is not calibrated yet.
+        model (`nn.Module`): any model with an adapter of a calibrated method, or with a calibrated start, that is not
+            calibrated yet.
         batches (`Iterable`, *optional*): batches as the model takes them, mappings of tensors, for instance a
             `DataLoader`; labels are not needed. May be left out for methods that look at weights alone, such as
             `PPruningConfig(criterion="magnitude")`.
@@ -43,7 +48,8 @@ def calibrate(
         dataloader (`Iterable`, *optional*): deprecated name of `batches`.
 
     Returns:
-        `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`.
+        `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`,
+            for a start that which training begins with.
 
     Raises:
         ValueError: no adapter waits for calibration, there is no data, or one batch instead of several, the model is
@@ -62,9 +68,14 @@ def calibrate(
             f"calibrate: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
             "calibrate(model, [batch])."
         )
-    if recipe.importance.reads_activations and batches is None:
+    starts = recipe.importance.calibrated_start is not None
+    if (recipe.importance.reads_activations or starts) and batches is None:
         raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
+    if starts:
+        assert batches is not None
+        _check_active(name, layers)
+        return calibrate_start(model, name, layers, batches, _watched(model, layers), device)
     with _bits_taken_back_on_error(name, layers):
         _choose(model, name, layers, batches, device)
         shares = recipe.rule.shares(model, name, layers)
@@ -168,7 +179,7 @@ def _bits_taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator
 
 
 def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:
-    waiting: dict[str, list[PruningLayer]] = {}
+    waiting = adapters_that_wait(model)
     done: set[str] = set()
     for layer in pruning_layers(model):
         for name, host in layer.host.items():
@@ -177,6 +188,8 @@ def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, l
                     done.add(name)
                 else:
                     waiting.setdefault(name, []).append(layer)
+            elif host.recipe.importance.calibrated_start and name not in waiting:
+                done.add(name)
     if adapter_name is None and len(waiting) == 1:
         adapter_name = next(iter(waiting))
     if adapter_name not in waiting:
@@ -189,8 +202,8 @@ def _why_none(asked: Optional[str], waiting: list[str], done: list[str]) -> str:
         return f"calibrate: adapter {asked!r} is calibrated already. To choose again, add another adapter."
     if not (waiting or done):
         return (
-            "calibrate: this model has no adapter of a calibrated method, such as P-pruning. Add one: "
-            "get_peft_model(model, PPruningConfig(keep_ratio=0.5))."
+            "calibrate: this model has no adapter of a calibrated method, such as P-pruning, or with a calibrated "
+            "start. Add one: get_peft_model(model, PPruningConfig(keep_ratio=0.5))."
         )
     if asked is not None:
         return f"calibrate: adapter_name={asked!r} is no adapter to calibrate in this model. It has {waiting + done}."
