@@ -123,8 +123,7 @@ class TopKOnce(Rule):
         kept = host.granularity.count(1.0 - layer.target_sparsity(name), layer.shape)
         if self.group == "matrix" or ":" in self.granularity:
             return spread(host.granularity.units(ranking, kept), layer.block(name))
-        in_row = max(1, round((1.0 - layer.target_sparsity(name)) * ranking.shape[1]))
-        return largest_in_rows(ranking, in_row)
+        return largest_in_rows(ranking, count_in_row(1.0 - layer.target_sparsity(name), ranking.shape[1]))
 
 
 _GROUPS = {"row": "row", "local": "matrix", "score": "kind of matrix", "global": "model"}
