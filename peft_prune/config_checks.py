@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .importance.calibrated_start import CALIBRATED_STARTS
 from .importance.start import SCORE_INITS
 from .selection.allocation import ALLOCATIONS
 from .selection.curve import CURVES
@@ -139,6 +140,11 @@ def check_allocation(config: Any) -> None:
             f"granularity={config.granularity!r} fixes the density of every matrix, so allocation="
             f"{config.allocation!r} and sparsity_pattern={config.sparsity_pattern!r} must stay at their defaults."
         )
+    if config.allocation == "row" and config.granularity in ("row", "column", "head"):
+        raise ValueError(
+            f"allocation='row' cannot be combined with granularity={config.granularity!r}: it lets weights, or blocks, "
+            "of a row compete. Use allocation='local', or granularity='weight' or a block such as '1x16'."
+        )
     if config.allocation_temperature is not None:
         check_number("allocation_temperature", config.allocation_temperature, 1e-6, 1e6, "Try 1.")
 
@@ -165,18 +171,29 @@ def check_training(config: Any) -> None:
     """Scores, penalty, masks."""
     check_flag("init_weights", config.init_weights)
     if isinstance(config.score_init, bool) or not isinstance(config.score_init, (int, float)):
-        check_choice("score_init", config.score_init, SCORE_INITS)
+        check_choice("score_init", config.score_init, (*SCORE_INITS, *CALIBRATED_STARTS))
     else:
         check_number("score_init", config.score_init, -1e6, 1e6, "The papers use 0.")
     check_number("penalty", config.penalty, 0.0, 1e9, "Use 0 for no penalty.")
     check_number("score_lr", config.score_lr, 0.0, 1e3, "The paper uses 2e-2.")
-    for name in ("score_rank", "mask_interval"):
+    check_betas(config.score_betas)
+    for name in ("score_rank", "mask_interval", "num_samples"):
         check_whole(name, getattr(config, name), 1)
     if config.score == "low_rank" and config.score_init == "random":
         raise ValueError(
             "score_init='random' cannot be combined with score='low_rank', which computes where scores start each "
             "time anew. Use 'magnitude', 'zeros' or a number."
         )
+
+
+def check_betas(value: Any) -> None:
+    """Raise `ValueError` if a field is neither `None` nor two numbers in [0, 1)."""
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"score_betas={value!r:.200} must be two numbers, such as [0.9, 0.99], or None.")
+    for number in value:
+        check_number("score_betas", number, 0.0, 1.0, "Adam's defaults are [0.9, 0.999].", open_high=True)
 
 
 def check_stored_form(config: Any) -> None:

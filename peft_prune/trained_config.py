@@ -9,6 +9,7 @@ from typing import Any, Optional, Union
 from .config import PruningConfig
 from .config_checks import check_allocation, check_schedule, check_sparsity_pattern, check_training
 from .importance.base import Importance
+from .importance.calibrated_start import CALIBRATED_STARTS
 from .importance.learned import Learned
 from .importance.low_rank import LowRank
 from .selection.curve import Schedule
@@ -25,8 +26,9 @@ class TrainedConfig(PruningConfig):
             Sparsity of single modules, by name or regular expression, as LoRA's `rank_pattern`. These modules take no
             part in `allocation`.
         allocation (`str`):
-            How the density is shared out among the matrices: `"local"` (each has the same), `"score"` (matrices of the
-            same kind share theirs by mean score) or `"global"` (one threshold for all scores).
+            How the density is shared out: `"local"` (each matrix has the same), `"row"` (each row of each matrix has
+            the same, as in Wanda), `"score"` (matrices of the same kind share theirs by mean score) or `"global"` (one
+            threshold for all scores).
         allocation_temperature (`float`, *optional*):
             For `allocation="score"`: scores are divided by it first. By default 1, and 3 for a density of 0.5 or more.
         granularity (`str`):
@@ -36,7 +38,8 @@ class TrainedConfig(PruningConfig):
         initial_sparsity (`float`):
             Sparsity at the beginning of training.
         sparsity_schedule (`str`):
-            `"cubic"`, `"linear"` or `"constant"`: how sparsity goes from `initial_sparsity` to `sparsity`.
+            `"cubic"`, `"linear"` or `"constant"`: how sparsity goes from `initial_sparsity` to `sparsity`. `"constant"`
+            with `schedule_start=0` begins at the final sparsity.
         schedule_start (`float`):
             Share of training, in [0, 1), at which sparsity begins to grow.
         schedule_end (`float`):
@@ -48,9 +51,17 @@ class TrainedConfig(PruningConfig):
         penalty_schedule (`str`):
             `"cubic"`, `"linear"` or `"constant"`: how λ rises over the whole of training.
         score_init (`str`):
-            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number.
+            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number. `"wanda"` and
+            `"sparsegpt"` start at the rankings of these methods, which look at inputs: call
+            [`peft_prune.calibrate`] once before training, or leave that to `PruningTrainer` or `PruningCallback`. The
+            scores of each row have mean 0 and standard deviation 1 then.
+        num_samples (`int`):
+            Examples that a calibrated start looks at.
         score_lr (`float`):
             Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores unless told otherwise.
+        score_betas (`list[float]`, *optional*):
+            Adam's β₁ and β₂ for the scores, such as `[0.9, 0.99]`, which suits trainings of a few hundred steps. By
+            default those of the optimizer.
         score_rank (`int`):
             Rank of the scores of methods that offer `score="low_rank"`. The default trains as many numbers as a LoRA of
             rank 8 does.
@@ -65,7 +76,7 @@ class TrainedConfig(PruningConfig):
     sparsity_pattern: Optional[dict[str, float]] = field(
         default_factory=dict, metadata={"help": "Sparsity of single modules, by name or regular expression."}
     )
-    allocation: str = field(default="local", metadata={"help": "'local', 'score' or 'global'."})
+    allocation: str = field(default="local", metadata={"help": "'local', 'row', 'score' or 'global'."})
     allocation_temperature: Optional[float] = field(
         default=None, metadata={"help": "Temperature of allocation='score'; 1, or 3 from density 0.5 on."}
     )
@@ -80,9 +91,11 @@ class TrainedConfig(PruningConfig):
     penalty: float = field(default=0.0, metadata={"help": "Final weight of the penalty on the scores."})
     penalty_schedule: str = field(default="cubic", metadata={"help": "'cubic', 'linear' or 'constant'."})
     score_init: Union[str, float] = field(
-        default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', or a number."}
+        default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', 'wanda', 'sparsegpt', or a number."}
     )
+    num_samples: int = field(default=128, metadata={"help": "Examples that a calibrated start looks at."})
     score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
+    score_betas: Optional[list[float]] = field(default=None, metadata={"help": "Adam's betas for the scores."})
     score_rank: int = field(default=7, metadata={"help": "Rank of the scores with score='low_rank'."})
     mask_interval: int = field(default=1, metadata={"help": "Optimizer steps after which masks are recomputed."})
 
@@ -127,5 +140,7 @@ class TrainedConfig(PruningConfig):
     def learned_scores(self) -> Importance:
         """Scores as the field `score` of a method asks for them."""
         if getattr(self, "score", "movement") == "low_rank":
-            return LowRank(self.score_init, self.score_rank, random=not self.init_weights)
+            # random factors need no calibration
+            start = self.score_init if self.init_weights or self.score_init not in CALIBRATED_STARTS else "magnitude"
+            return LowRank(start, self.score_rank, random=not self.init_weights)
         return Learned(self.score_start())

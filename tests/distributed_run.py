@@ -49,11 +49,14 @@ CONFIGS = {
     "magnitude": lambda: MovementPruningConfig(**SPARSE, variant="magnitude", allocation="global"),
     "zeros": lambda: MovementPruningConfig(from_existing_zeros=True, task_type="SEQ_CLS"),
     "low-rank": lambda: SMPConfig(**SPARSE, allocation="score", score="low_rank", score_rank=3, mask_interval=2),
+    "start": lambda: SMPConfig(**SPARSE, allocation="row", score_init="wanda", num_samples=24),
     "dsee": lambda: DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.5, **SMALL),
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
 # one for each way in which a mask is found
-SHORT = ("local", "score", "soft", "magnitude", "zeros", "low-rank", "dsee-units")
+SHORT = ("local", "score", "soft", "magnitude", "zeros", "low-rank", "start", "dsee-units")
+# calibrated by the trainer, when FSDP and DeepSpeed have split the weights already
+WHOLE = ("start",)
 BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
 STRATEGIES = ("ddp", "fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 REFUSED = {
@@ -177,6 +180,10 @@ def calibrated(folder):
         "wanda": WandaConfig(sparsity=0.5),
         "sparsegpt": SparseGPTConfig(sparsity=0.5),
         "low rank": WandaConfig(sparsity=0.5, update="low_rank", r=3),
+        "start": SMPConfig(sparsity=0.5, score_init="wanda", sparsity_schedule="constant"),
+        "start of low rank": SMPConfig(
+            sparsity=0.5, score="low_rank", score_rank=3, score_init="sparsegpt", sparsity_schedule="constant"
+        ),
     }
     for method, config in pruned_by.items():
         model = get_peft_model(make_bert(), config)
@@ -202,7 +209,8 @@ def killed(folder, strategies):
 def everything(folder, strategies, names):
     for strategy in strategies:
         for name in names:
-            record(folder, name, strategy)
+            if strategy == "ddp" or name not in WHOLE:
+                record(folder, name, strategy)
         checkpoint = folder / f"{strategy}-killed" / f"checkpoint-{SAVED}"
         if checkpoint.exists():
             record(folder, "score", strategy, suffix="-resumed", resume=str(checkpoint))

@@ -29,7 +29,7 @@ BAD = [
     ({"sparsity_pattern": {"query": 1.5}}, r"sparsity_pattern\['query'\]=1\.5"),
     ({"sparsity_pattern": ["query"]}, r"sparsity_pattern=\['query'\] must be a dict"),
     ({"sparsity_pattern": {"(": 0.5}}, r"sparsity_pattern: '\(' is no module name or regular expression"),
-    ({"allocation": "uniform"}, r"allocation='uniform' is unknown\. Use one of 'local', 'score', 'global'"),
+    ({"allocation": "uniform"}, r"allocation='uniform' is unknown\. Use one of 'local', 'row', 'score'"),
     ({"allocation_temperature": 0}, r"allocation_temperature=0"),
     ({"initial_sparsity": 0.7, "sparsity": 0.5}, r"initial_sparsity=0\.7"),
     ({"sparsity_schedule": "exponential"}, r"sparsity_schedule='exponential'"),

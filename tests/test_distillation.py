@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from helpers.callbacks import Gradients
 from helpers.data import arguments, data
-from helpers.methods import smp_bert
+from helpers.methods import TRAINED, adapter, smp_bert
 from helpers.models import BERT, make_bert, make_llama
 from peft import get_peft_model
 from transformers import BertConfig, BertForTokenClassification
@@ -17,6 +17,9 @@ from transformers.modeling_outputs import (
 )
 
 from peft_prune import PruningCallback, PruningTrainer, SMPConfig, distillation_loss, update_schedule
+from peft_prune.training import divergence
+from peft_prune.training.divergence import token_divergence
+from peft_prune.training.teacher import as_base
 
 
 def kl(student, teacher, temperature):
@@ -160,3 +163,160 @@ def test_accumulation_changes_neither_task_nor_distillation(tmp_path, head, alph
         seen.append(gradients.seen)
     for name, gradient in seen[0].items():
         torch.testing.assert_close(seen[1][name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+
+# --------------------------------------------------------------------- a few tokens at a time
+
+
+def plain_divergence(student, teacher, weights, temperature):
+    """All at once, by PyTorch."""
+    ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    rows = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return (rows * weights).sum() * temperature**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_in_chunks_is_that_of_all_tokens_at_once(dtype, overwrite, temperature, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(divergence, "_AT_ONCE", 3 * 50)
+    student, teacher = (3 * torch.randn(2, 8, 50, dtype=dtype) for _ in range(2))
+    weights = torch.rand(2, 8)
+    weights[0, 2:6] = 0
+    one, two = (student.clone().requires_grad_() for _ in range(2))
+    expected = plain_divergence(one, teacher, weights, temperature)
+    (5 * expected).backward()
+    given = teacher.clone()
+    found = token_divergence(two, given, weights, temperature, overwrite)
+    (5 * found).backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(two.grad, one.grad, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-6)
+    assert overwrite or torch.equal(given, teacher)
+    with torch.no_grad():
+        torch.testing.assert_close(token_divergence(student, teacher, weights, temperature), expected.detach())
+
+
+def test_divergence_keeps_one_tensor_of_the_size_of_the_logits_and_that_is_the_teachers():
+    student, teacher = torch.randn(64, 500, requires_grad=True), torch.randn(64, 500)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = token_divergence(student, teacher, torch.ones(64), 2.0, overwrite_teacher=True)
+    assert [t.data_ptr() for t in kept if t.numel() > 64] == [teacher.data_ptr()]
+    loss = token_divergence(student, teacher, torch.ones(64), 2.0)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tokens_that_do_not_count_need_not_be_finite():
+    student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    teacher[1] = float("nan")
+    token_divergence(student, teacher, torch.tensor([1.0, 0, 1, 1]), 1.0, overwrite_teacher=True).backward()
+    assert bool(torch.isfinite(student.grad).all()) and not student.grad[1].any()
+
+
+# --------------------------------------------------------------------- the base as the teacher
+
+
+def llama_adapter(**fields):
+    model = get_peft_model(make_llama(), SMPConfig(**{"task_type": "CAUSAL_LM", "sparsity": 0.6} | fields))
+    update_schedule(model, 10, 10)
+    return model
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_base_is_the_model_without_its_adapter_and_no_copy(method, batch):
+    model, ids = adapter(make_llama(), method, final=False, task_type="CAUSAL_LM").train(), batch["input_ids"]
+    with torch.no_grad():
+        pruned, dense = model(input_ids=ids).logits, make_llama()(input_ids=ids).logits
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    with as_base(model) as base:
+        answers = base(input_ids=ids).logits
+        assert not torch.is_grad_enabled() and not base.training
+    assert torch.equal(answers, dense) and not torch.equal(answers, pruned)
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert [module.training for module in model.modules()] == modes
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, pruned)
+    with pytest.raises(KeyError), as_base(model):
+        raise KeyError
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, pruned), "whatever happens"
+
+
+def test_the_base_has_its_own_head_and_ignores_adapters_that_are_off_already(batch):
+    base = make_bert()
+    model = get_peft_model(base, SMPConfig(sparsity=0.5, modules_to_save=["classifier"]))
+    update_schedule(model, 10, 10)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1.0)
+        with as_base(model):
+            answers = model(input_ids=batch["input_ids"]).logits
+        assert torch.equal(answers, make_bert()(input_ids=batch["input_ids"]).logits)
+        with model.disable_adapter():
+            with as_base(model):
+                pass
+            assert torch.equal(model(input_ids=batch["input_ids"]).logits, answers), "still off"
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_a_trainer_distils_from_the_base_where_labels_count(alpha, tmp_path):
+    """As completion-only training has it: the prompt's labels are -100."""
+    ids = torch.randint(2, 90, (4, 8))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    model = llama_adapter(penalty=0.0)
+    trainer = PruningTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=rows, teacher="base", distillation_alpha=alpha
+    )
+    model.train()
+    batch = {"input_ids": ids, "labels": labels}
+    loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+    assert ("loss" in outputs) == (alpha < 1), "where it has no weight, the task's loss is not computed"
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    student = model(**batch)
+    with torch.no_grad():
+        teacher = make_llama()(**batch)
+    task = F.cross_entropy(student.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = (1 - alpha) * task + alpha * kl(student.logits, teacher.logits, 2.0)[:, 4:7].mean()
+    torch.testing.assert_close(loss, expected)
+    expected.backward()
+    assert len(found) == 14
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-7)
+
+
+def test_training_towards_the_base_comes_closer_to_it(tmp_path):
+    torch.manual_seed(0)
+    ids = torch.randint(2, 90, (16, 12))
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    model = get_peft_model(
+        make_llama(initializer_range=0.3),
+        SMPConfig(
+            task_type="CAUSAL_LM", sparsity=0.5, allocation="row", score_init="wanda", sparsity_schedule="constant",
+            penalty=0.0, score_lr=5e-2, score_betas=[0.9, 0.99],
+        ),
+    )  # fmt: skip
+    args = arguments(
+        tmp_path, max_steps=40, per_device_train_batch_size=8, gradient_accumulation_steps=2, bf16=True,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    trainer = PruningTrainer(model=model, args=args, train_dataset=rows, teacher="base", distillation_alpha=1.0)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(group["betas"] == (0.9, 0.99) for group in trainer.optimizer.param_groups)
+
+
+def test_a_teacher_that_is_none_is_told(tmp_path):
+    with pytest.raises(TypeError, match="teacher='dense' must be a model, loaded by from_pretrained, or 'base'"):
+        PruningTrainer(model=smp_bert(), args=arguments(tmp_path), train_dataset=data(), teacher="dense")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prune.selection.granularity import NMGranularity, parse_granularity
+from peft_prune.selection.rows import count_in_row, kth_largest, row_topk_mask, settle_ties
 from peft_prune.selection.topk import n_m_mask, topk_mask
 from peft_prune.selection.warm_start import LastThreshold
 
@@ -86,6 +87,43 @@ def test_nan_and_impossible_k_are_told():
             topk_mask(torch.tensor([float("nan")] + [0.0] * zeros + [-1.0]), 4)
     with pytest.raises(ValueError, match="k=65"):
         topk_mask(torch.randn(8, 8), 65)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(-3, 3), min_size=17, max_size=17), min_size=1, max_size=6),
+    k=st.integers(0, 17),
+    scale=st.sampled_from([1.0, -1.0, 1e-40, 1e30]),
+)
+def test_each_row_keeps_its_largest_also_with_ties(rows, k, scale):
+    scores = torch.tensor(rows, dtype=torch.float32) * scale
+    mask = row_topk_mask(scores, k)
+    assert (mask.sum(1) == k).all()
+    for row, kept in zip(scores, mask, strict=True):
+        assert sorted(row[kept].tolist()) == sorted(row.topk(k).values.tolist())
+    if 0 < k:  # as an accelerator finds it
+        threshold = kth_largest(scores, k)
+        assert torch.equal(threshold, scores.topk(k, dim=1).values[:, -1])
+        assert torch.equal(settle_ties(scores, threshold[:, None], k, torch.arange(len(scores))), mask)
+
+
+def test_ties_within_rows_do_not_take_whole_columns():
+    mask = row_topk_mask(torch.zeros(384, 96), 48)
+    assert (mask.sum(1) == 48).all()
+    share = mask.float().mean(0)
+    assert 0.4 < share.min() and share.max() < 0.6
+    assert mask[0, :48].sum() != 48 and (mask[0] != mask[1]).any()
+
+
+def test_rows_tell_nan_and_impossible_k():
+    scores = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="k=9"):
+        row_topk_mask(scores, 9)
+    scores[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        row_topk_mask(scores, 3)
+    assert row_topk_mask(torch.randn(3, 4).bfloat16(), 2).sum() == 6
+    assert [count_in_row(d, 576) for d in (0.5, 0.1, 1e-9, 1.0)] == [288, 58, 1, 576]
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (3, 5)])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
 
 from ..storage.bits import masked_by_bits
+
+
+if TYPE_CHECKING:
+    from .calibrated_start import CalibratedStart
 
 
 class Importance:
@@ -28,6 +32,15 @@ class Importance:
     gates: ClassVar[bool] = False
     # where the penalty's sigmoid has its middle
     penalty_offset: ClassVar[float] = 0.0
+
+    @property
+    def calibrated_start(self) -> Optional[CalibratedStart]:
+        """Where trained scores start if that has to be calibrated before training."""
+        return None
+
+    def begin(self, layer: Any, name: str, factors: torch.Tensor) -> None:
+        """Let trained scores start at what calibration has found: see [`CalibratedStart.factors`]."""
+        raise NotImplementedError
 
     def add(self, layer: Any, name: str) -> None:
         """Give an adapter what is trained; nothing by default."""

@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from .calibrated_start import calibrated_scores
 from .learned import Learned
 from .penalty import sigmoid_penalty_grad
 from .start import initial_scores, spread_of
@@ -33,9 +34,13 @@ class LowRank(Learned):
     def add(self, layer: Any, name: str) -> None:
         """`scores_A` (rows, rank + 1) and `scores_B` (rank + 1, columns), float32.
 
+        With a calibrated start also its factors, `start` (in,), whose 32 bits are held as whole numbers: PEFT would
+        cast floats to the dtype of the base.
+
         Raises:
             ValueError: the rank is not below the smaller side of the scores.
         """
+        self.check_inputs(layer)
         block = layer.block(name)
         shape = (layer.shape[0] // block[0], layer.shape[1] // block[1])
         if self.rank_of_factors >= min(shape):
@@ -43,7 +48,10 @@ class LowRank(Learned):
                 f"score_rank={self.rank_of_factors!r} is not below the smaller side of the {shape} scores of "
                 f"{layer.module_name!r}. Use a lower rank, or score='movement'."
             )
-        layer.host[name].start = Start.of(layer.matrix, self.start, block)
+        if self.calibrated_start:
+            layer.held("start")[name] = torch.zeros(layer.shape[1], dtype=torch.int32, device=layer.weight.device)
+        else:
+            layer.host[name].start = Start.of(layer.matrix, self.start, block)
         factors = initial_factors(shape, self.rank_of_factors, layer.weight.device, random=self.random)
         for kind, factor in zip(self.tensors, factors, strict=True):
             layer.held(kind)[name] = nn.Parameter(factor)
@@ -51,12 +59,22 @@ class LowRank(Learned):
     def rank(self, layer: Any, name: str) -> torch.Tensor:
         """The scores, computed from their factors."""
         a, b = (layer.held(kind)[name].detach() for kind in self.tensors)
-        return layer.host[name].start.scores(layer.matrix, a, b)
+        return self._start(layer, name).scores(layer.matrix, a, b)
+
+    def begin(self, layer: Any, name: str, factors: torch.Tensor) -> None:
+        """Keep what scores start from: a number for each input, and none for each weight."""
+        layer.held("start")[name].copy_(factors.view(torch.int32))
+
+    def _start(self, layer: Any, name: str) -> Start:
+        """Where scores start."""
+        if not self.calibrated_start:
+            return layer.host[name].start
+        return Start(self.start, layer.block(name), 1.0, layer.held("start")[name].view(torch.float32))
 
     def scores(self, layer: Any, name: str) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
         """A stand-in for the scores, which hands their gradient on to the factors, penalty included."""
         a, b = (layer.held(kind)[name] for kind in self.tensors)
-        start = layer.host[name].start
+        start = self._start(layer, name)
         return LowRankScores.apply(a, b, layer.matrix, start, layer.take_penalty(name, a)), None
 
 
@@ -68,11 +86,13 @@ class Start:
         kind (`str` or `float`): the config's `score_init`.
         block (`tuple[int, int]`): rows and columns that share a score.
         scale (`float`): what the magnitudes are multiplied with.
+        factors (`torch.Tensor`, *optional*): of a calibrated start: float32, shape (in,).
     """
 
     kind: str | float
     block: tuple[int, int]
     scale: float
+    factors: Optional[torch.Tensor] = None
 
     @classmethod
     def of(cls, matrix: torch.Tensor, kind: str | float, block: tuple[int, int]) -> Start:
@@ -96,7 +116,9 @@ class Start:
         Returns:
             `torch.Tensor`: float, shape (rows, columns).
         """
-        if self.kind == "magnitude" and self.block == (1, 1):
+        if self.factors is not None:
+            start, factor = calibrated_scores(matrix, self.factors, self.block).to(a.dtype), 1.0
+        elif self.kind == "magnitude" and self.block == (1, 1):
             start, factor = matrix.detach().abs().to(a.dtype), self.scale
         else:
             start, factor = initial_scores(matrix, self.kind, self.block).to(a.dtype), 1.0

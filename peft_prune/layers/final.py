@@ -62,7 +62,7 @@ class FinalMasks(AdapterMasks):
         host = self.host[adapter_name]
         # what FSDP and DeepSpeed manage is theirs to take away; it is no longer read, and not saved
         dropped = () if host.sharded else set(self.trained_names) - set(host.recipe.update.kept_when_final())
-        for name in (*(self.prefix + kind for kind in dropped), self.prefix + "progress", "penalty_grad"):
+        for name in (*(self.prefix + kind for kind in (*dropped, "progress", "start")), "penalty_grad"):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         for kind, tensor in form.others.items():

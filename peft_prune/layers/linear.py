@@ -20,6 +20,8 @@ from .watch import look_at_schedule
 class MatrixLayer(PruningLayer):
     """A layer that multiplies its input by its matrix and does nothing else with it."""
 
+    columns_are_inputs = True
+
     def _apply_masked(self, x: torch.Tensor) -> torch.Tensor:
         names = self.active_names()
         # several at once, gates, and masks over frozen weights have no use for the lean function

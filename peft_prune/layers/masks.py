@@ -17,6 +17,9 @@ from .host import Host
 from .tensors import AdapterTensors
 
 
+WAITING = -2  # the step, before a calibrated start is known
+
+
 class AdapterMasks(AdapterTensors):
     """[`AdapterTensors`] with masks: in training the bits that [`set_bits`] has written, later the stored ones."""
 
@@ -65,13 +68,16 @@ class AdapterMasks(AdapterTensors):
             )
         recipe.importance.add(self, name)
         recipe.update.add(self, name)
-        self._add_progress(name, recipe.rule.at_first(self, name))
+        if recipe.importance.calibrated_start is None:
+            self._add_progress(name, recipe.rule.at_first(self, name))
+        else:
+            self._add_progress(name, math.prod(self.shape), step=WAITING)
         if recipe.importance.tensors:
             self.penalty_grad[name] = torch.zeros((), dtype=torch.float32, device=self.weight.device)
 
-    def _add_progress(self, name: str, kept: int) -> None:
+    def _add_progress(self, name: str, kept: int, step: int = -1) -> None:
         """Counters of a training that has not begun, and a mask that keeps everything until [`renew`] finds one."""
-        self.progress[name] = torch.tensor([-1, 0, kept], dtype=torch.int64, device=self.weight.device)
+        self.progress[name] = torch.tensor([step, 0, kept], dtype=torch.int64, device=self.weight.device)
         self.start_bits(name, torch.ones(self.shape, dtype=torch.bool))
 
     def start_bits(self, name: str, mask: torch.Tensor) -> None:
@@ -120,9 +126,13 @@ class AdapterMasks(AdapterTensors):
         return known[2]
 
     def steps(self, adapter_name: str) -> tuple[int, int]:
-        """Optimizer step at which the mask was set (-1 before the first time), and steps of the whole training."""
+        """Optimizer step at which the mask was set (negative before the first time), and steps of the training."""
         step, total, _ = self._known(adapter_name)
         return step, total
+
+    def waits_for_start(self, adapter_name: str) -> bool:
+        """Whether an adapter's scores are to start at what calibration finds, and nobody has called it."""
+        return adapter_name in self.progress and self.steps(adapter_name)[0] == WAITING
 
     def _known(self, adapter_name: str) -> list[Any]:
         """What `progress` holds; `None` for weights kept that only the device knows."""
@@ -191,7 +201,7 @@ class AdapterMasks(AdapterTensors):
                 f"The mask of {adapter_name!r} follows from the weight of {self.module_name!r}, into which "
                 f"{self.merged_adapters} are merged. Call model.unmerge_adapter() first."
             )
-        if host.recipe.chosen_layer_by_layer:
+        if host.recipe.chosen_layer_by_layer and not self.waits_for_start(adapter_name):
             with torch.inference_mode(False), torch.no_grad():
                 self.set_bits(adapter_name, host.recipe.rule.choose(self, adapter_name))
 
@@ -252,4 +262,13 @@ def not_calibrated(config: Any) -> str:
     return (
         f"This {method} adapter has not been calibrated, so it prunes nothing yet. Call peft_prune.calibrate(model, "
         "batches) first."
+    )
+
+
+def not_started(name: str, config: Any) -> str:
+    """What to tell who trains scores whose calibrated start is not known."""
+    return (
+        f"the scores of adapter {name!r} are to start at score_init={config.score_init!r}, which looks at inputs, and "
+        "none have been shown. Call peft_prune.calibrate(model, batches) once before training; PruningTrainer and "
+        "PruningCallback do so with examples of the training data. Or use score_init='magnitude', which needs none."
     )

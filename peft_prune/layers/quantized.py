@@ -20,6 +20,7 @@ class PrunedQuantizedLinear(PruningLayer):
     """A linear layer with a quantised weight, seen through a mask."""
 
     quantized = True
+    columns_are_inputs = True
 
     @property
     def weight(self) -> torch.Tensor:

@@ -17,9 +17,10 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     While an adapter is trained, a layer holds its `bits` (uint8, packed: the mask in force), `progress` (int64:
     optimizer step, total steps, number of weights kept), and what importance and update train: `scores` (float, one for
-    each unit) or their factors `scores_A` and `scores_B`; `update` (float, shape (out, in)), or `A`, `B`, `sparse` and
-    `support`. Once it is final, a layer holds `mask` (uint8, entropy coded), and of the update `values` (uint8) or what
-    it trained. All are named with the method's prefix, `smp_scores` and so on, as PEFT and Transformers want it.
+    each unit) or their factors `scores_A` and `scores_B`, perhaps with a calibrated `start` (int32); `update` (float,
+    shape (out, in)), or `A`, `B`, `sparse` and `support`. Once it is final, a layer holds `mask` (uint8, entropy
+    coded), and of the update `values` (uint8) or what it trained. All are named with the method's prefix, `smp_scores`
+    and so on, as PEFT and Transformers want it.
     Everything is (out, in) whatever the layout of the base weight. What else is known of an adapter is in `host`.
 
     Args:
@@ -28,9 +29,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         module_name (`str`): name of the module in the base model.
     """
 
+    # whether input j is multiplied with column j of the matrix
+    columns_are_inputs = False
     # without the prefix: parameters, and persistent buffers
     trained_names: tuple[str, ...] = ("scores", "scores_A", "scores_B", "update", "A", "B", "sparse")
-    stored_names: tuple[str, ...] = ("mask", "values", "progress", "bits", "support")
+    stored_names: tuple[str, ...] = ("mask", "values", "progress", "bits", "start", "support")
 
     def __init__(self, base_layer: nn.Module, prefix: str, module_name: str) -> None:
         super().__init__()
@@ -103,7 +106,10 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     @property
     def progress(self) -> BufferDict:
-        """Step (-1 before the first update), total steps, weights kept, by adapter name: int64, shape (3,)."""
+        """Step, total steps, weights kept, by adapter name: int64, shape (3,).
+
+        The step is -1 before the first update of the schedule, and -2 before a calibrated start is known.
+        """
         return self.held("progress")
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .masks import not_started
+
 
 _warned: set[str] = set()
 
@@ -19,12 +21,16 @@ def warn_once(topic: str, message: str) -> None:
 
 
 def look_at_schedule(layer: Any, name: str) -> None:
-    """Warn if an adapter is trained while nobody advances its schedule.
+    """Warn if an adapter is trained while nobody advances its schedule, and raise if its start is not known.
 
     A few trained numbers are compared with what they were at first, until the schedule moves from step -1. Values and
     not tensor versions tell whether an optimizer has been at work: fused ones do not count versions up.
     """
-    if not layer.training or name not in layer.progress or torch.compiler.is_compiling() or "schedule" in _warned:
+    if not layer.training or name not in layer.progress or torch.compiler.is_compiling():
+        return
+    if layer.waits_for_start(name):
+        raise ValueError(f"Training cannot begin: {not_started(name, layer.config(name))}")
+    if "schedule" in _warned:
         return
     host = layer.host[name]
     kinds = (*host.recipe.importance.tensors, *host.recipe.update.watched)

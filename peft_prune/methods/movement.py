@@ -9,6 +9,7 @@ from peft.utils import PeftType
 
 from ..config_checks import check_choice, check_flag, check_number, check_whole
 from ..importance.base import Importance
+from ..importance.calibrated_start import CALIBRATED_STARTS
 from ..importance.hard_concrete import OPEN_ABOVE, HardConcrete
 from ..importance.magnitude import Magnitude
 from ..recipe import Moment, Recipe
@@ -114,6 +115,7 @@ class MovementPruningConfig(TrainedConfig):
         check_choice("mask", self.mask, MASKS)
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
+        self._check_start()
         self._check_combination(density)
         if not self._learns_scores():
             self._without_penalty(asked)
@@ -130,6 +132,13 @@ class MovementPruningConfig(TrainedConfig):
             why = "from_existing_zeros=True" if self.from_existing_zeros else f"score={self.score!r}"
             raise ValueError(f"penalty={asked!r} has no effect with {why}, which learns no scores. Leave it out.")
         self.penalty = 0.0  # the variant may have set another one
+
+    def _check_start(self) -> None:
+        if self.score_init in CALIBRATED_STARTS and (not self._learns_scores() or self.mask == "l0"):
+            raise ValueError(
+                f"score_init={self.score_init!r} cannot be used with score={self.score!r}, mask={self.mask!r}, "
+                f"from_existing_zeros={self.from_existing_zeros!r}, where no ranking is learned. Leave it out."
+            )
 
     def _check_combination(self, density: Optional[float]) -> None:
         if self.score == "magnitude" and self.mask != "topk":

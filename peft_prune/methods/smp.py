@@ -44,7 +44,7 @@ class SMPConfig(TrainedConfig):
     score: str = field(default="movement", metadata={"help": "'movement' or 'low_rank'."})
     penalty: float = field(default=400.0, metadata={"help": "Final weight of the penalty on the scores."})
     score_init: Union[str, float] = field(
-        default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's) or 'random'."}
+        default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's), 'wanda', 'sparsegpt' or 'random'."}
     )
 
     def __post_init__(self, density=None):

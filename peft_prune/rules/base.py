@@ -43,15 +43,23 @@ class Rule:
         """Weights that a layer keeps before training."""
         return layer.shape[0] * layer.shape[1]
 
+    def count(self, layer: Any, name: str, density: float) -> int:
+        """Weights that a layer keeps at a density: whole units, and one at least."""
+        return layer.host[name].granularity.count(density, layer.shape)
+
+    def units(self, layer: Any, name: str, ranking: torch.Tensor, kept: Count) -> torch.Tensor:
+        """Which units stay, `kept` of them: bool, the shape of `ranking`."""
+        host = layer.host[name]
+        return host.granularity.units(ranking, kept, host.threshold)
+
     def choose(self, layer: Any, name: str) -> torch.Tensor:
         """The mask of one layer (bool, shape (out, in)): the most important units, as many as it keeps."""
         height, width = block = layer.block(name)
         kept = layer.kept_unread(name) // (height * width)
         if isinstance(kept, int) and kept == layer.unit_count(name):
             return torch.ones(layer.shape, dtype=torch.bool, device=layer.weight.device)
-        host = layer.host[name]
-        ranking = host.recipe.importance.rank(layer, name)
-        return spread(host.granularity.units(ranking, kept, host.threshold), block)
+        ranking = layer.host[name].recipe.importance.rank(layer, name)
+        return spread(self.units(layer, name, ranking, kept), block)
 
     def shares(self, model: Any, name: str, layers: list[Any]) -> dict[str, float]:
         """What calibration reports of the masks in force: `sparsity` by default."""

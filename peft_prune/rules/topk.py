@@ -14,16 +14,18 @@ from ..names import module_kind
 from ..selection.allocation import allocate_by_score, allocate_globally
 from ..selection.device import on_cpu
 from ..selection.granularity import spread
+from ..selection.rows import count_in_row, row_topk_mask
 from ..selection.topk import largest_in_rows
 from .base import Count, Rule
 
 
 @dataclass(frozen=True)
 class TopK(Rule):
-    """As many units as sparsity and schedule say, which compete in a matrix, or share out what a group keeps.
+    """As many units as sparsity and schedule say, which compete in a row or a matrix, or share out what a group keeps.
 
     Args:
-        allocation (`str`): `"local"`, `"score"` or `"global"`: units compete in the matrix, the kind, the model.
+        allocation (`str`): `"row"`, `"local"`, `"score"` or `"global"`: units compete in the row of the matrix, the
+            matrix, the kind, the model.
         granularity (`str`): what a unit is.
     """
 
@@ -42,10 +44,24 @@ class TopK(Rule):
         return self.granularity in ("head", "column", "row")
 
     def at_first(self, layer: Any, name: str) -> int:
-        """By the initial sparsity; by the final one if the adapter starts at random, for tests."""
-        config = layer.config(name)
-        sparsity = config.initial_sparsity if config.init_weights else layer.target_sparsity(name)
-        return layer.host[name].granularity.count(1.0 - sparsity, layer.shape)
+        """By where the schedule begins; by the final sparsity if the adapter starts at random, for tests."""
+        config, target = layer.config(name), layer.target_sparsity(name)
+        sparsity = config.sparsity_schedule_for(target).at(0, 1) if config.init_weights else target
+        return self.count(layer, name, 1.0 - sparsity)
+
+    def count(self, layer: Any, name: str, density: float) -> int:
+        """Whole units of the matrix, or of each of its rows."""
+        if self.allocation != "row":
+            return super().count(layer, name, density)
+        height, width = layer.block(name)
+        rows, columns = layer.shape[0] // height, layer.shape[1] // width
+        return rows * height * width * count_in_row(density, columns)
+
+    def units(self, layer: Any, name: str, ranking: torch.Tensor, kept: Count) -> torch.Tensor:
+        """The largest of the matrix, or of each of its rows."""
+        if self.allocation != "row":
+            return super().units(layer, name, ranking, kept)
+        return row_topk_mask(ranking, int(kept) // ranking.shape[0])
 
     def counts(self, name: str, layers: list[Any], step: int, total_steps: int) -> Sequence[Optional[Count]]:
         """Schedule and allocation together."""
@@ -53,11 +69,9 @@ class TopK(Rule):
         densities = [
             1.0 - config.sparsity_schedule_for(layer.target_sparsity(name)).at(step, total_steps) for layer in layers
         ]
-        counts: list[Count] = [
-            layer.host[name].granularity.count(d, layer.shape) for d, layer in zip(densities, layers, strict=True)
-        ]
+        counts: list[Count] = [self.count(layer, name, d) for d, layer in zip(densities, layers, strict=True)]
         shared = [i for i, layer in enumerate(layers) if layer.own_sparsity(name) is None]
-        if self.allocation == "local" or not shared:
+        if self.allocation in ("local", "row") or not shared:
             return counts
         alike = [layers[i] for i in shared]
         area = self._common_area(name, alike)
@@ -109,8 +123,7 @@ class TopKOnce(Rule):
         kept = host.granularity.count(1.0 - layer.target_sparsity(name), layer.shape)
         if self.group == "matrix" or ":" in self.granularity:
             return spread(host.granularity.units(ranking, kept), layer.block(name))
-        in_row = max(1, round((1.0 - layer.target_sparsity(name)) * ranking.shape[1]))
-        return largest_in_rows(ranking, in_row)
+        return largest_in_rows(ranking, count_in_row(1.0 - layer.target_sparsity(name), ranking.shape[1]))
 
 
-_GROUPS = {"local": "matrix", "score": "kind of matrix", "global": "model"}
+_GROUPS = {"row": "row", "local": "matrix", "score": "kind of matrix", "global": "model"}

@@ -10,7 +10,7 @@ import torch
 from .topk import topk_mask
 
 
-ALLOCATIONS = ("local", "score", "global")
+ALLOCATIONS = ("local", "row", "score", "global")
 
 
 def share_by_weight(sizes: torch.Tensor, weights: torch.Tensor, density: float) -> torch.Tensor:

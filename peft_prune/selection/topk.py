@@ -150,14 +150,29 @@ def largest_in_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
     if k in (0, columns):
         return torch.full_like(scores, k == columns, dtype=torch.bool)
     scores = scores.detach()
-    values = (scores if scores.dtype in (torch.float32, torch.float64) else scores.float()).numpy()
-    mask = values >= np.partition(values, columns - k, axis=1)[:, columns - k, None]
-    tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
-    result = torch.from_numpy(mask)
+    values = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    mask, _, tied = rows_by_partition(values, k)
     if len(tied):
-        rows = torch.from_numpy(tied)
-        result[rows] = _first_of_sorted(scores[rows], k)
-    return result
+        mask[tied] = _first_of_sorted(scores[tied], k)
+    return mask
+
+
+def rows_by_partition(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is at least the k-th largest of its row, by NumPy, many times as fast as torch on a CPU.
+
+    Args:
+        values (`torch.Tensor`): float32 or float64, on the CPU, without NaN, shape (rows, columns).
+        k (`int`): from 1 to the number of columns.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the mask (bool); the k-th largest of each row, shape (rows,);
+        numbers of the rows (int64) in which the mask has more than `k` entries, because some are tied.
+    """
+    array = values.numpy()
+    threshold = np.partition(array, array.shape[1] - k, axis=1)[:, array.shape[1] - k].copy()
+    mask = array >= threshold[:, None]
+    tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > k)
+    return torch.from_numpy(mask), torch.from_numpy(threshold), torch.from_numpy(tied)
 
 
 def _first_of_sorted(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..selection.rows import count_in_row
 from ..selection.topk import largest_in_rows, n_m_mask
 
 
@@ -31,7 +32,7 @@ def check_groups(groups: tuple[int, int], columns: int) -> None:
 
 def kept_in_row(sparsity: float, columns: int) -> int:
     """How many weights of a row stay: one at least."""
-    return max(1, round((1.0 - sparsity) * columns))
+    return count_in_row(1.0 - sparsity, columns)
 
 
 def choose(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:

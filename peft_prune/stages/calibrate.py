@@ -20,6 +20,7 @@ from .across_layers import choose_across_layers, set_all
 from .finalize import switch_over, tell_sparsity
 from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
+from .start import adapters_that_wait, calibrate_start
 
 
 def calibrate(
@@ -31,6 +32,9 @@ def calibrate(
 ) -> dict[str, float]:
     """Choose what stays by what comes into the layers, and make the masks final.
 
+    Of a trained method with a calibrated start, such as `SMPConfig(score_init="wanda")`, it fills the scores, and
+    training follows.
+
     Runs the model on `config.num_samples` examples. Methods that choose layer by layer are walked block by block: a
     block sees what the pruned blocks before it put out, and memory is that of the model, of one block, and of the
     examples' hidden states (`docs/calibration.md`). If it is interrupted, nothing is pruned. Adapters of other kinds
@@ -38,7 +42,8 @@ def calibrate(
     bars show how far it is; `transformers.utils.logging.disable_progress_bar()` switches them off.
 
     Args:
-        model (`nn.Module`): any model with an adapter of a calibrated method that is not calibrated yet.
+        model (`nn.Module`): any model with an adapter of a calibrated method, or with a calibrated start, that is not
+            calibrated yet.
         batches (`Iterable`, *optional*): batches as the model takes them, mappings of tensors, for instance a
             `DataLoader`; labels are not needed. May be left out for methods that look at weights alone, such as
             `PPruningConfig(criterion="magnitude")`.
@@ -48,8 +53,9 @@ def calibrate(
         dataloader (`Iterable`, *optional*): deprecated name of `batches`.
 
     Returns:
-        `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`.
-        Of methods that note Gram matrices also `loss`, the mean over all layers of `‖(Ŵ − W)Xᵀ‖² / ‖WXᵀ‖²`.
+        `dict[str, float]`: for P-pruning the shares that stay, `flops`, `heads` and `neurons`; for others `sparsity`,
+            for a start that which training begins with. Of methods that note Gram matrices also `loss`, the mean over
+            all layers of `‖(Ŵ − W)Xᵀ‖² / ‖WXᵀ‖²`.
 
     Raises:
         ValueError: no adapter waits for calibration, there is no data or it does not fit the model, the model is
@@ -69,11 +75,16 @@ def calibrate(
             f"calibrate: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
             "calibrate(model, [batch])."
         )
-    if recipe.needs_activations and batches is None:
+    starts = recipe.importance.calibrated_start is not None
+    if (recipe.needs_activations or starts) and batches is None:
         raise ValueError("calibrate(model, batches): this method needs batches of the task's inputs.")
     refuse_sharded(layers, "calibrate")
     if device is not None:
         _check_device(device, recipe)
+    if starts:
+        assert batches is not None
+        _check_active(name, layers)
+        return calibrate_start(model, name, layers, batches, _watched(model, layers), device)
     with _taken_back_on_error(name, layers):
         losses = _choose(model, name, layers, batches, device)
         shares = recipe.rule.shares(model, name, layers)
@@ -133,7 +144,8 @@ def _check_active(name: str, layers: list[PruningLayer]) -> None:
 
 
 def _check_device(device: torch.device | str, recipe: Recipe) -> None:
-    if not (recipe.by_block or recipe.importance.by_block):
+    starts = recipe.importance.calibrated_start is not None
+    if not (starts or recipe.by_block or recipe.importance.by_block):
         raise ValueError(
             f"calibrate: device={device!r} is for methods that are calibrated block by block. This one looks at the "
             f"whole model: move it there, model.to({str(device)!r}), and leave device out."
@@ -165,7 +177,7 @@ def _taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None
 
 
 def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:
-    waiting: dict[str, list[PruningLayer]] = {}
+    waiting = adapters_that_wait(model)
     done: set[str] = set()
     for layer in pruning_layers(model):
         for name, host in layer.host.items():
@@ -174,6 +186,8 @@ def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, l
                     done.add(name)
                 else:
                     waiting.setdefault(name, []).append(layer)
+            elif host.recipe.importance.calibrated_start and name not in waiting:
+                done.add(name)
     if adapter_name is None and len(waiting) == 1:
         adapter_name = next(iter(waiting))
     if adapter_name not in waiting:
@@ -186,8 +200,8 @@ def _why_none(asked: Optional[str], waiting: list[str], done: list[str]) -> str:
         return f"calibrate: adapter {asked!r} is calibrated already. To choose again, add another adapter."
     if not (waiting or done):
         return (
-            "calibrate: this model has no adapter of a calibrated method, such as P-pruning. Add one: "
-            "get_peft_model(model, PPruningConfig(keep_ratio=0.5))."
+            "calibrate: this model has no adapter of a calibrated method, such as P-pruning, or with a calibrated "
+            "start. Add one: get_peft_model(model, PPruningConfig(keep_ratio=0.5))."
         )
     if asked is not None:
         return f"calibrate: adapter_name={asked!r} is no adapter to calibrate in this model. It has {waiting + done}."

@@ -17,6 +17,7 @@ from ..storage.codec import VERSION
 from .own_config import own_config
 from .schedule import trained_adapters
 from .sparsity_reached import asked_sparsity, differs, reachable_sparsity, sparsity, unreachable
+from .start import check_started
 
 
 _NEXT_TO_NOTHING = 0.01
@@ -44,6 +45,7 @@ def finalize(model: nn.Module, adapter_name: Optional[str] = None) -> None:
             f"finalize: no adapter with trained scores found (adapter_name={adapter_name!r}). It is final already, not "
             "active, or not there."
         )
+    check_started(adapters, "finalize")
     # everything is encoded, and may fail, before the first layer is changed
     forms = {name: _final_forms(model, name, layers) for name, layers in adapters.items()}
     for name, layers in adapters.items():

@@ -15,6 +15,7 @@ from ..layers.sharding import check_wrapping, gathered
 from ..recipe import Moment
 from .once import check_once, prune_once
 from .sparsity_reached import sparsity
+from .start import check_started
 
 
 def trained_adapters(model: nn.Module) -> dict[str, list[PruningLayer]]:
@@ -73,6 +74,7 @@ def update_schedule(
     adapters = trained_adapters(model)
     if not adapters:
         raise ValueError(f"update_schedule has no schedule to advance: {why_nothing_trains(model)}")
+    check_started(adapters, "update_schedule")
     reports = [_update_adapter(model, name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
     return reports[0]
 

@@ -30,7 +30,8 @@ def asked_sparsity(name: str, layers: list[PruningLayer]) -> Optional[float]:
 
 def reachable_sparsity(name: str, layers: list[PruningLayer]) -> float:
     """Sparsity of all layers together when each removes as many whole units as its target says."""
-    kept = [layer.host[name].granularity.count(1.0 - layer.target_sparsity(name), layer.shape) for layer in layers]
+    rule = layers[0].host[name].recipe.rule
+    kept = [rule.count(layer, name, 1.0 - layer.target_sparsity(name)) for layer in layers]
     removed = [1.0 - count / math.prod(layer.shape) for layer, count in zip(layers, kept, strict=True)]
     return _share(name, layers, removed)
 
@@ -44,9 +45,11 @@ def differs(one: float, other: float, name: str, layers: list[PruningLayer]) -> 
 
 def unreachable(config: Any) -> str:
     """Why a target cannot be met, and what to do."""
+    by_row = getattr(config, "allocation", None) == "row"
+    group, fix = ("row", "allocation='local'") if by_row else ("matrix", "a finer granularity")
     return (
-        f"granularity={config.granularity!r} removes whole units, and at least one of each matrix stays, so no "
-        "sparsity nearer to it can be had. Use a finer granularity, or ask for what can be reached"
+        f"granularity={config.granularity!r} removes whole units, and at least one of each {group} stays, so no "
+        f"sparsity nearer to it can be had. Use {fix}, or ask for what can be reached"
     )
 
 

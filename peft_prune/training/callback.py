@@ -14,6 +14,7 @@ from ..report.training import DENSITY
 from ..selection.topk import compile_selection
 from ..stages.finalize import finalize
 from ..stages.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
+from .start import calibrate_on_training_data
 
 
 _INSTEAD = (
@@ -56,6 +57,8 @@ def without_densities(logs: dict[str, float]) -> dict[str, float]:
 class PruningCallback(TrainerCallback):
     """Advances sparsity and penalty after each optimizer step, logs them, and finalizes the masks at the end.
 
+    Scores with a calibrated start that nobody has calibrated are calibrated on examples of the training data first.
+
     Works with any [`~transformers.Trainer`], TRL's included. It does not make the optimizer, and warns if scores are
     trained at the learning rate, or with the weight decay, of other weights: see [`PruningTrainerMixin`].
     `load_best_model_at_end` compares evaluations at the final sparsity only: an early, denser model would always look
@@ -80,7 +83,7 @@ class PruningCallback(TrainerCallback):
         return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Find the adapters, and set the schedule to where training begins or is resumed."""
+        """Find the adapters, calibrate their start, and set the schedule to where training begins or is resumed."""
         refuse_data_parallel(model, gpus=getattr(args, "n_gpu", 1))
         if not trained_adapters(model):
             raise ValueError(f"PruningCallback has nothing to train: {why_nothing_trains(model)}")
@@ -90,6 +93,7 @@ class PruningCallback(TrainerCallback):
             compile_selection()
         if not self.groups_are_set:
             _warn_about_groups(model, kwargs.get("optimizer"), getattr(args, "learning_rate", None))
+        calibrate_on_training_data(model, kwargs.get("train_dataloader"), args, tell=state.is_world_process_zero)
         self._advance(state, model, kwargs.get("optimizer"))
 
     def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:

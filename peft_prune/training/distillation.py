@@ -7,6 +7,8 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 
+from .divergence import token_divergence
+
 
 def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """`τ² · KL(teacher/τ ‖ student/τ)` of each row (Hinton et al. 2015).
@@ -47,6 +49,7 @@ def distillation_loss(
     labels: Optional[torch.Tensor] = None,
     num_items: Optional[torch.Tensor | float] = None,
     problem_type: Optional[str] = None,
+    overwrite_teacher: bool = False,
 ) -> torch.Tensor:
     """Distance of a student's outputs from a teacher's, for every head whose outputs Transformers names.
 
@@ -64,6 +67,8 @@ def distillation_loss(
             mean over this one is taken.
         problem_type (`str`, *optional*): that of the model's config. By default one output is a regression, and several
             are `"single_label_classification"`.
+        overwrite_teacher (`bool`): whether the teacher's logits are needed no longer. Those of token classification and
+            language modelling are overwritten then, which saves memory of their size.
 
     Raises:
         ValueError: student and teacher answer in different shapes.
@@ -78,12 +83,13 @@ def distillation_loss(
                 f"The teacher's logits are {tuple(theirs.shape)} but the student's are {tuple(ours.shape)}. Use a "
                 "teacher with the same head, labels and tokenizer."
             )
+    if "start_logits" not in student and pairs[0][0].dim() == 3:
+        weights = _weights(pairs[0][0], labels, num_items)
+        return token_divergence(*pairs[0], weights, temperature, overwrite_teacher)
     if "start_logits" not in student and pairs[0][0].dim() == 2:  # one answer an example
         rows = [_of_examples(*pairs[0], temperature, problem_type)]
     else:
         rows = [soft_cross_entropy(ours, theirs, temperature) for ours, theirs in pairs]
-    if rows[0].dim() == 2 and labels is not None and labels.shape == rows[0].shape:
-        return _mean_over_labels(rows[0], labels, num_items)
     if num_items is not None and labels is not None and labels.numel() == rows[0].numel():
         return rows[0].sum() / num_items
     return torch.stack([row.mean() for row in rows]).mean()
@@ -100,9 +106,15 @@ def _of_examples(
     return soft_cross_entropy(student, teacher, temperature)
 
 
-def _mean_over_labels(
-    rows: torch.Tensor, labels: torch.Tensor, num_items: Optional[torch.Tensor | float]
+def _weights(
+    logits: torch.Tensor, labels: Optional[torch.Tensor], num_items: Optional[torch.Tensor | float]
 ) -> torch.Tensor:
-    counted = labels != -100
-    count = num_items if num_items is not None else counted.sum().clamp_min(1)
-    return (rows * counted).sum() / count
+    """What each position counts for: float32, shape (batch, positions)."""
+    positions = logits.shape[:-1]
+    if labels is None or labels.shape != positions:
+        counted = torch.ones(positions, device=logits.device)
+        if labels is None or labels.numel() != counted.numel():
+            num_items = None
+    else:
+        counted = (labels != -100).to(logits.device, torch.float32)
+    return counted / (num_items if num_items is not None else counted.sum().clamp_min(1))

@@ -11,7 +11,7 @@ from transformers import PrinterCallback, ProgressCallback
 from ..config import PruningConfig
 from ..model_card import add_loading_instructions
 from .callback import PruningCallback, without_densities
-from .optimizer import pruning_parameter_groups
+from .optimizer import make_optimizer, pruning_parameter_groups
 
 
 def _print_less(callback: Any) -> None:
@@ -94,6 +94,6 @@ class PruningTrainerMixin:
             cls, kwargs = self.optimizer_cls_and_kwargs or make.get_optimizer_cls_and_kwargs(self.args, target)
             rate = kwargs.get("lr", self.args.learning_rate)  # what came with a class of one's own goes first
             groups = pruning_parameter_groups(target, rate, self.score_lr, self.args.weight_decay)
-            self.optimizer = cls(groups, **kwargs)
+            self.optimizer = make_optimizer(cls, groups, **kwargs)
             self.pruning_callback.groups_are_set = True
         return self.optimizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -24,6 +26,9 @@ def pruning_parameter_groups(
         score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
         weight_decay (`float`): for weights other than scores, biases and norms.
 
+    Returns:
+        `list[dict]`: groups; that of the scores has `betas` of its own if the config has `score_betas`.
+
     Raises:
         ValueError: the model has no trainable scores.
     """
@@ -38,12 +43,10 @@ def pruning_parameter_groups(
             if not adapters
             else "The model's scores are frozen. Load the adapter with is_trainable=True."
         )
-    if score_lr is None and scores:
-        score_lr = next(
-            layers[0].config(name).score_lr
-            for name, layers in adapters.items()
-            if layers[0].host[name].recipe.importance.tensors
-        )
+    hosts = [layers[0].host[name] for name, layers in adapters.items()]
+    config = next((host.config for host in hosts if host.recipe.importance.tensors), None)
+    if score_lr is None and scores and config is not None:
+        score_lr = config.score_lr
     # the names that Trainer exempts from weight decay
     exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], exempt))
@@ -55,6 +58,8 @@ def pruning_parameter_groups(
         {"params": list(updates.values()), "lr": lr, "weight_decay": 0.0},
         {"params": list(scores.values()), "lr": score_lr, "weight_decay": 0.0},
     ]
+    if config is not None and config.score_betas is not None:
+        groups[-1]["betas"] = tuple(config.score_betas)
     return [group for group in groups if group["params"]]
 
 
@@ -63,6 +68,27 @@ def _trained(adapters: dict[str, list[PruningLayer]], kinds: Sequence[str]) -> d
     layers = [(layer, name) for name, layers in adapters.items() for layer in layers]
     found = (layer.held(kind).get(name) for layer, name in layers for kind in kinds)
     return {id(p): p for p in found if p is not None and p.requires_grad}
+
+
+def make_optimizer(
+    optimizer_cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Make an optimizer of groups; betas of the scores are for optimizers that have such, and otherwise ignored.
+
+    Args:
+        optimizer_cls (`type`): class of the optimizer.
+        groups (`list[dict]`): of [`pruning_parameter_groups`].
+        kwargs: passed on to the optimizer.
+    """
+    if "betas" not in inspect.signature(optimizer_cls).parameters:
+        if any("betas" in group for group in groups):
+            warnings.warn(
+                f"score_betas has no effect: {optimizer_cls.__name__} has no betas. Use Adam or AdamW.",
+                UserWarning,
+                stacklevel=3,
+            )
+        groups = [{key: value for key, value in group.items() if key != "betas"} for group in groups]
+    return optimizer_cls(groups, **kwargs)
 
 
 def create_pruning_optimizer(
@@ -78,9 +104,10 @@ def create_pruning_optimizer(
     Args:
         model (`nn.Module`): any model that contains pruning layers with trainable scores.
         lr (`float`): learning rate of everything but the scores, for instance the classifier.
-        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. Betas of their
+            own are those of the config, `score_betas`.
         optimizer_cls (`type`): class of the optimizer.
         weight_decay (`float`): for weights other than scores, biases and norms.
         kwargs: passed on to the optimizer.
     """
-    return optimizer_cls(pruning_parameter_groups(model, lr, score_lr, weight_decay), lr=lr, **kwargs)  # type: ignore[call-arg]
+    return make_optimizer(optimizer_cls, pruning_parameter_groups(model, lr, score_lr, weight_decay), lr=lr, **kwargs)

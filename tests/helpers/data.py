@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from helpers.models import make_bert, make_masked_lm
+from helpers.models import make_bert, make_llama, make_masked_lm
 
 
 def data(n=64, seed=0, length=8):
@@ -56,6 +56,15 @@ def hub(folder: Path) -> None:
     make_bert().save_pretrained(teacher)
     data = folder / "stanfordnlp" / "sst2"
     data.mkdir(parents=True)
+    causal = folder / "HuggingFaceTB" / "SmolLM2-135M"
+    make_llama().save_pretrained(causal)
+    tokenizer().save_pretrained(causal)
+    text = folder / "Salesforce" / "wikitext"
+    text.mkdir(parents=True)
+    (text / "README.md").write_text("---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files: train.jsonl\n---\n")
+    (text / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": "it was a good film " * n}) for n in (1, 2, 0, 3) * 8)
+    )
     rows = [{"sentence": "it was good", "label": 1}, {"sentence": "it was bad", "label": 0}] * 16
     for split in ("train", "validation"):
         (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))

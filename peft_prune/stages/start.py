@@ -1,0 +1,100 @@
+"""A calibrated start: scores begin where a look at inputs puts them, before training. Nothing is made final."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ..calibration.walk import Watched, walk
+from ..layers.layer import PruningLayer, pruning_layers
+from ..layers.masks import WAITING, not_started
+from ..layers.sharding import agreed
+from .sparsity_reached import sparsity
+
+
+def adapters_that_wait(model: nn.Module) -> dict[str, list[PruningLayer]]:
+    """Layers of each adapter whose scores wait for a calibrated start, by adapter name, active or not."""
+    waiting: dict[str, list[PruningLayer]] = {}
+    for layer in pruning_layers(model):
+        for name in layer.host:
+            if layer.waits_for_start(name):
+                waiting.setdefault(name, []).append(layer)
+    return waiting
+
+
+def calibrate_start(
+    model: nn.Module,
+    name: str,
+    layers: list[PruningLayer],
+    batches: Iterable[Any],
+    watched: Watched,
+    device: Optional[torch.device | str],
+) -> dict[str, float]:
+    """Fill the scores of an adapter, and put in force what its schedule begins with.
+
+    If it begins with zeros in place, a block sees what the pruned blocks before it put out. Otherwise one forward pass
+    shows all layers.
+
+    Args:
+        model (`nn.Module`): the model.
+        name (`str`): the adapter.
+        layers (`list`): its layers.
+        batches (`Iterable`): as [`calibrate`] accepts them.
+        watched: its layers by their path in the model.
+        device (*optional*): where blocks are run.
+
+    Returns:
+        `dict[str, float]`: `sparsity` that is in force.
+    """
+    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    start = recipe.importance.calibrated_start
+    assert start is not None
+    observer = start.observer()
+
+    def begin(paths: Iterable[str]) -> None:
+        for path in paths:
+            _begin(watched[path][0], name, agreed(start.factors(observer.result(path))))
+
+    dense = all(recipe.rule.at_first(layer, name) == layer.shape[0] * layer.shape[1] for layer in layers)
+    with _waiting_again_on_error(name, layers):
+        if dense and start.is_light:
+            walk(model, watched, batches, observer, config.num_samples)
+            begin(watched)
+        else:
+            walk(model, watched, batches, observer, config.num_samples, begin, device)
+    return {"sparsity": sparsity(layers, name)}
+
+
+def _begin(layer: Any, name: str, factors: torch.Tensor) -> None:
+    recipe = layer.host[name].recipe
+    recipe.importance.begin(layer, name, factors.to(layer.weight.device))
+    layer.set_kept(name, recipe.rule.at_first(layer, name), -1, 0)
+    layer.renew(name)
+
+
+@contextmanager
+def _waiting_again_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None]:
+    """Leave nothing half started behind, an interrupt included."""
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.set_kept(name, layer.shape[0] * layer.shape[1], WAITING, 0)
+            layer.set_bits(name, torch.ones(layer.shape, dtype=torch.bool))
+        raise
+
+
+def check_started(adapters: Mapping[str, list[PruningLayer]], what: str) -> None:
+    """Raise `ValueError` if one of some adapters waits for its start.
+
+    Args:
+        adapters (`Mapping`): layers by adapter name.
+        what (`str`): what is about to happen, for the message.
+    """
+    for name, layers in adapters.items():
+        if any(layer.waits_for_start(name) for layer in layers):
+            raise ValueError(f"{what}: {not_started(name, layers[0].config(name))}")
