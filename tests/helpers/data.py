@@ -8,7 +8,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from helpers.models import make_bert, make_masked_lm
+from helpers.models import make_bert, make_llama, make_masked_lm
 
 
 def data(n=64, seed=0, length=8):
@@ -54,6 +54,9 @@ def hub(folder: Path) -> None:
     tokenizer().save_pretrained(model)
     teacher = folder / "textattack" / "bert-base-uncased-SST-2"
     make_bert().save_pretrained(teacher)
+    language_model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    make_llama().save_pretrained(language_model)
+    tokenizer().save_pretrained(language_model)
     data = folder / "stanfordnlp" / "sst2"
     data.mkdir(parents=True)
     rows = [{"sentence": "it was good", "label": 1}, {"sentence": "it was bad", "label": 0}] * 16
