@@ -107,6 +107,11 @@ class UnitsConfig(CalibratedConfig):
         check_number("damping", self.damping, 1e-9, 1.0, "The papers use 0.01.")
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         check_flag("repair", self.repair)
+        if not (self.repair or self.value_dtype == "float16" or self.finalized):
+            raise ValueError(
+                f"value_dtype={self.value_dtype!r} has no effect with repair=False, which stores no values. Leave it out, "
+                "or use repair=True."
+            )
         check_whole("sequence_length", self.sequence_length, 1)
 
     def kept_weights(self) -> Update:

@@ -31,6 +31,7 @@ from peft_prune import (
     PruningTrainer,
     SMPConfig,
     SparseGPTConfig,
+    StructuredPruningConfig,
     WandaConfig,
     calibrate,
     penalty,
@@ -177,6 +178,7 @@ def calibrated(folder):
     torch.manual_seed(0)
     pruned_by = {
         "ppruning": PPruningConfig(keep_ratio=0.6, num_tokens=40, sequence_length=10),
+        "structured": StructuredPruningConfig(keep_ratio=0.6, sequence_length=10),
         "wanda": WandaConfig(sparsity=0.5),
         "sparsegpt": SparseGPTConfig(sparsity=0.5),
         "low rank": WandaConfig(sparsity=0.5, update="low_rank", r=3),

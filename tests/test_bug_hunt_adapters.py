@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers.methods import METHODS, adapter, advance, config
+from helpers.methods import METHODS, OF_UNITS, adapter, advance, config
 from helpers.models import logits, make_bert, make_gpt2, make_llama, make_masked_lm, snapshot
 from helpers.verbalizer import IDS, POSITIONS, verbalizer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -202,7 +202,7 @@ def test_6_the_head_of_the_adapter_that_is_merged_comes_along(method, batch):
 
 def lora_on_mask(tmp_path, method, **lora):
     """A mask by Transformers' own method, and a LoRA that PEFT puts on it."""
-    fields = {"target_modules": ["query", "value"]} if method != "ppruning" else {}
+    fields = {"target_modules": ["query", "value"]} if method not in OF_UNITS else {}
     adapter(make_bert(), method, **fields).save_pretrained(tmp_path)
     base = make_bert()
     base.load_adapter(str(tmp_path))
@@ -317,7 +317,7 @@ def test_18_without_adapters_it_is_the_base_model():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("final", [True, False])
 def test_23_a_task_with_other_labels_leaves_nothing_behind(tmp_path, batch, method, final):
-    if method == "ppruning" and not final:
+    if method in OF_UNITS and not final:
         pytest.skip("P-pruning has no training checkpoints")
     for labels in (2, 3):
         made = adapter(make_bert(num_labels=labels), method, final, task_type="SEQ_CLS")

@@ -82,6 +82,7 @@ def test_a_model_with_numbers_of_numpy_is_saved_after_training(method, tmp_path,
         "movement": {"sparsity": np.float32(0.5), "seed": np.int64(1)},
         "dsee": {"r": np.int64(2), "num_sparse": np.int64(3), "seed": np.int64(1), "heads_to_prune": np.int64(1)},
         "ppruning": {"seed": np.int64(1), "keep_ratio": np.float32(0.5)},
+        "structured": {"seed": np.int64(1), "keep_ratio": np.float32(0.5), "min_share": np.float32(0.1)},
         "wanda": {"seed": np.int64(1), "sparsity": np.float32(0.5)},
         "sparsegpt": {"seed": np.int64(1), "sparsity": np.float32(0.5), "block_size": np.int64(64)},
     }[method]

@@ -17,7 +17,8 @@ from peft_prune.structure.sites import HEADS, find_sites, linear_matrix
 
 
 def pruned(name="llama", base=None, **fields):
-    fields = {"keep_ratio": 0.6, "sequence_length": 10, "value_dtype": "float32"} | fields
+    exact = {"value_dtype": "float32"} if fields.get("repair", True) else {}
+    fields = {"keep_ratio": 0.6, "sequence_length": 10} | exact | fields
     model = get_peft_model(make(name) if base is None else base, StructuredPruningConfig(**fields))
     return model, calibrate(model, batches(name))
 
@@ -442,6 +443,7 @@ BAD = [
     ({"repair": "yes"}, "repair='yes' must be True or False"),
     ({"damping": 0.0}, "damping=0.0"),
     ({"value_dtype": "int4"}, "value_dtype='int4'"),
+    ({"value_dtype": "int8", "repair": False}, "value_dtype='int8' has no effect with repair=False"),
     ({"sequence_length": 0}, "sequence_length=0"),
     ({"num_samples": 2.5}, "num_samples=2.5"),
 ]

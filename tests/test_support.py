@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.methods import CALIBRATED, METHODS, TRAINED, adapter, advance, config
+from helpers.methods import CALIBRATED, METHODS, OF_UNITS, TRAINED, adapter, advance, config
 from helpers.models import logits, make_bert, make_gpt2, make_llama
 from helpers.versions import needs_adapters_of_transformers
 from peft import (
@@ -260,7 +260,7 @@ def test_all_linear(method, make, batch):
     names = {layer.module_name for layer in pruning_layers(model)}
     linear = {name for name, m in make().named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     linear -= {"classifier", "lm_head"}
-    assert names == linear if method != "ppruning" else len(names) == 4 and names < linear
+    assert names == linear if method not in OF_UNITS else len(names) == 4 and names < linear
     # and once more, beside the first
     model.add_adapter("two", config(method, **fields))
     assert {layer.module_name for layer in pruning_layers(model, "two")} >= names
@@ -272,7 +272,7 @@ def test_target_selection(method):
     def names(**fields):
         return [layer.module_name for layer in pruning_layers(adapter(make_bert(), method, **fields))]
 
-    every = 4 if method == "ppruning" else 12
+    every = 4 if method in OF_UNITS else 12
     assert len(names()) == every
     assert len(names(layers_to_transform=[1])) == len(names(exclude_modules=r".*layer\.0\..*")) == every // 2
     assert len(names(layers_to_transform=1, layers_pattern="layer")) == every // 2
@@ -538,7 +538,7 @@ def test_export(method, tmp_path, batch):
     module = PeftModel.from_pretrained(make(), tmp_path).eval().get_base_model()
     module = module if method in TRAINED else Logits(module)
     with torch.no_grad():
-        if method in ("movement", "sparsegpt"):  # kept values are decoded when they are needed, masks when loaded
+        if method in ("movement", "structured", "sparsegpt"):  # kept values are decoded when they are needed, masks when loaded
             with pytest.raises(RuntimeError, match="Call the model once before torch.export"):
                 torch.export.export(module, (ids,), strict=False)
         else:

@@ -16,6 +16,7 @@ _PAGES: dict[str, tuple[str, str]] = {
     "MOVEMENT": ("movement pruning", "movement.md"),
     "DSEE": ("DSEE", "dsee.md"),
     "PPRUNING": ("P-pruning", "ppruning.md"),
+    "STRUCTURED": ("structured pruning", "structured.md"),
     "WANDA": ("Wanda", "wanda.md"),
     "SPARSEGPT": ("SparseGPT", "sparsegpt.md"),
 }
@@ -28,6 +29,8 @@ _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
         {"update": "low_rank"},
         {"from_existing_zeros": True},
     ),
+    "PPRUNING": ({}, {"repair": True}),
+    "STRUCTURED": ({"criterion": "loss"}, {"criterion": "activation"}, {"repair": False}),
     "WANDA": ({}, {"refine": "swaps"}, {"update": "low_rank"}),
     "SPARSEGPT": ({"solver": "admm"}, {"solver": "sparsegpt"}),
 }

@@ -28,7 +28,7 @@ def removal_order(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Remove again and again the units whose loss is least when the others make up for it.
 
-    With `H = G + damping`, removing the columns J of a unit costs `e = tr(W_J ([H⁻¹]_JJ)⁻¹ W_Jᵀ)`. Then
+    With the damped matrix H, removing the columns J of a unit costs `e = tr(W_J ([H⁻¹]_JJ)⁻¹ W_Jᵀ)`. Then
     `W ← W − W_J ([H⁻¹]_JJ)⁻¹ [H⁻¹]_J:` and `H⁻¹ ← H⁻¹ − [H⁻¹]_:J ([H⁻¹]_JJ)⁻¹ [H⁻¹]_J:`. The losses of all rounds so
     far add up to the loss of the best weights for what is left, damping included.
 

@@ -54,6 +54,9 @@ def hub(folder: Path) -> None:
     tokenizer().save_pretrained(model)
     teacher = folder / "textattack" / "bert-base-uncased-SST-2"
     make_bert().save_pretrained(teacher)
+    language_model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    make_llama().save_pretrained(language_model)
+    tokenizer().save_pretrained(language_model)
     data = folder / "stanfordnlp" / "sst2"
     data.mkdir(parents=True)
     causal = folder / "HuggingFaceTB" / "SmolLM2-135M"

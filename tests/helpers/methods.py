@@ -10,6 +10,7 @@ from peft_prune import (
     PPruningConfig,
     SMPConfig,
     SparseGPTConfig,
+    StructuredPruningConfig,
     WandaConfig,
     calibrate,
     create_pruning_optimizer,
@@ -19,8 +20,9 @@ from peft_prune import (
 from peft_prune.layers.layer import pruning_layers
 
 
-METHODS = ("smp", "movement", "dsee", "ppruning", "wanda", "sparsegpt")
+METHODS = ("smp", "movement", "dsee", "ppruning", "structured", "wanda", "sparsegpt")
 TRAINED, CALIBRATED = METHODS[:3], METHODS[3:]
+OF_UNITS = ("ppruning", "structured")  # what heads and neurons end in is all that they prune
 
 
 def config(method, **fields):
@@ -38,6 +40,8 @@ def config(method, **fields):
         return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32"} | fields)
     if method == "wanda":
         return WandaConfig(**{"sparsity": 0.5} | fields)
+    if method == "structured":
+        return StructuredPruningConfig(**{"keep_ratio": 0.5, "sequence_length": 9, "value_dtype": "float32"} | fields)
     return PPruningConfig(**{"criterion": "random", "keep_ratio": 0.5} | fields)
 
 
