@@ -54,14 +54,12 @@ def hub(folder: Path) -> None:
     tokenizer().save_pretrained(model)
     teacher = folder / "textattack" / "bert-base-uncased-SST-2"
     make_bert().save_pretrained(teacher)
-    language_model = folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    make_llama().save_pretrained(language_model)
-    tokenizer().save_pretrained(language_model)
+    for name in ("SmolLM2-135M", "SmolLM2-135M-Instruct"):
+        language_model = folder / "HuggingFaceTB" / name
+        make_llama(max_position_embeddings=512).save_pretrained(language_model)
+        tokenizer().save_pretrained(language_model)
     data = folder / "stanfordnlp" / "sst2"
     data.mkdir(parents=True)
-    causal = folder / "HuggingFaceTB" / "SmolLM2-135M"
-    make_llama().save_pretrained(causal)
-    tokenizer().save_pretrained(causal)
     text = folder / "Salesforce" / "wikitext"
     text.mkdir(parents=True)
     (text / "README.md").write_text("---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files: train.jsonl\n---\n")
