@@ -45,8 +45,15 @@ def agree(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: bool, of their shape.
     """
     same = base.to(other.dtype) == other
-    if base.dtype != other.dtype:
-        same |= base == other.to(base.dtype)
+    rest = ~same
+    if base.dtype != other.dtype and bool(rest.any()):
+        same[rest] = _rounds_to(base[rest], other[rest])
+    return same
+
+
+def _rounds_to(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where the base's number is the other one, rounded, or both may be roundings of a third."""
+    same = base == other.to(base.dtype)
     if {base.dtype, other.dtype} == {torch.float16, torch.bfloat16}:
         half, brain = (base, other) if base.dtype == torch.float16 else (other, base)
         same |= _rounded_twice(half.float(), brain)
@@ -83,13 +90,13 @@ def compare(base: torch.Tensor, sparse: torch.Tensor) -> Comparison:
         raise ValueError("it holds NaN or infinity. The checkpoint is damaged: download or save it again")
     kept = (sparse != 0).contiguous()
     removed = int((~kept & (base.to(sparse.dtype) != 0)).sum())
-    changed = int((kept & ~agree(base, sparse)).sum())
+    one, two = base[kept], sparse[kept]
+    changed = int((~agree(one, two)).sum())
     if changed:
-        one, two = base[kept].float(), sparse[kept].float()
-        unlike = bool(torch.nn.functional.cosine_similarity(one, two, dim=0) < _ALIKE)
+        unlike = bool(torch.nn.functional.cosine_similarity(one.float(), two.float(), dim=0) < _ALIKE)
         return Comparison(kept, removed, changed, unlike, values=sparse)
     wide = torch.promote_types(base.dtype, sparse.dtype)
-    rounded = base.dtype != sparse.dtype and bool((kept & (base.to(wide) != sparse.to(wide))).any())
+    rounded = base.dtype != sparse.dtype and bool((one.to(wide) != two.to(wide)).any())
     return Comparison(kept, removed, rounded=rounded)
 
 
