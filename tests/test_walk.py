@@ -165,3 +165,56 @@ def test_forward_methods_that_others_put_in_place_are_left_there():
     calibrate(plain, llama_batches())
     for one, other in zip(pruning_layers(model), pruning_layers(plain), strict=True):
         assert torch.equal(one.get_mask("default"), other.get_mask("default"))
+
+
+def test_a_block_that_is_called_again_and_again_is_seen_each_time():
+    """ALBERT has one block, called once a layer: the mask follows from the inputs of all calls."""
+    batches = [{"input_ids": batch["input_ids"].clamp(min=3)} for batch in architectures.batches("albert", count=2)]
+    model = get_peft_model(architectures.make("albert"), WandaConfig(num_samples=8))
+    calibrate(model, batches)
+    plain = architectures.make("albert")
+    for layer in pruning_layers(model):
+        module, seen = plain.get_submodule(layer.module_name), []
+        handle = module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            for batch in batches:
+                plain(**batch)
+        handle.remove()
+        assert len(seen) == 2 * 3
+        scores = module.weight.detach().abs() * torch.cat(seen).square().sum(0).sqrt()
+        expected = scores >= scores.topk(scores.shape[1] // 2, dim=1).values[:, -1:]
+        assert torch.equal(layer.get_mask("default"), expected), layer.module_name
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden_states):
+        return self.linear(hidden_states.mul_(2))
+
+
+def test_blocks_that_change_their_input_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layers = nn.ModuleList(InPlace() for _ in range(3))
+    model.forward = lambda x: model.layers[2](model.layers[1](model.layers[0](x)))
+    batches = [{"inputs_embeds": torch.randn(2, 3, 4)} for _ in range(3)]
+    seen = [[] for _ in model.layers]
+    handles = [
+        block.linear.register_forward_pre_hook(lambda m, args, i=i: seen[i].append(args[0].flatten(0, 1).clone()))
+        for i, block in enumerate(model.layers)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch["inputs_embeds"].clone())
+    for handle in handles:
+        handle.remove()
+    watched = {f"model.layers.{i}.linear": (block.linear, False) for i, block in enumerate(model.layers)}
+    observer, results = GramMatrices(), {}
+    copies = [{key: value.clone() for key, value in batch.items()} for batch in batches]
+    walk(Takes(model), watched, copies, observer, 6, lambda ps: results.update({p: observer.result(p) for p in ps}))
+    for i in range(3):
+        x = torch.cat(seen[i])
+        torch.testing.assert_close(results[f"model.layers.{i}.linear"], x.T @ x)

@@ -8,9 +8,9 @@ batches go through the stand-ins, which cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -19,6 +19,10 @@ from torch import nn
 
 class Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
+
+
+class Repeated(Exception):
+    """A block is called several times in a forward pass, so blocks do not follow each other."""
 
 
 @dataclass
@@ -31,11 +35,15 @@ class Call:
 
 def to_device(value: Any, device: Any) -> Any:
     """A value with its tensors on a device."""
+    return _mapped(value, lambda tensor: tensor.to(device))
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, dict):
-        return {key: to_device(entry, device) for key, entry in value.items()}
-    return type(value)(to_device(entry, device) for entry in value) if type(value) in (tuple, list) else value
+        return {key: _mapped(entry, change) for key, entry in value.items()}
+    return type(value)(_mapped(entry, change) for entry in value) if type(value) in (tuple, list) else value
 
 
 def capture(
@@ -49,28 +57,39 @@ def capture(
         batches (`list[dict[str, torch.Tensor]]`): arguments of the model.
 
     Returns:
-        `tuple[list[torch.Tensor], list[list[Call]]]`: hidden states of each batch (on the CPU); calls of each block.
+        `tuple[list[torch.Tensor], list[list[Call]]]`: hidden states of each batch (on the CPU, in the dtype of the
+        model); calls of each block. What is equal in several batches, such as rotary embeddings, is held once.
 
     Raises:
         ValueError: a block does not take what the one before it puts out, or it is not the only thing between them.
+        Repeated: a block is called several times in a forward pass.
     """
-    first = _Recorder(blocks)
+    held = _Held()
+    first = _Recorder(blocks, held, to_the_end=len(blocks) == 1)  # is it called again?
     first.run(model, batches[:1])
     hand_on = len(batches) > 1 and _hands_on(model, blocks, batches[0], first)
-    others = _Recorder(blocks)
+    others = _Recorder(blocks, held)
     with _stand_ins(blocks, first.put_out if hand_on else None):
         others.run(model, batches[1:])
     return first.hidden + others.hidden, [a + b for a, b in zip(first.calls, others.calls, strict=True)]
 
 
 class _Recorder:
-    """Notes what blocks are called with, and stops before the last one is run."""
+    """Notes what blocks are called with, and stops before the last one is run.
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
+    Args:
+        blocks (`list[nn.Module]`): the blocks.
+        held ([`_Held`]): tensors of other batches.
+        to_the_end (`bool`): whether to run the last block, and what is behind it.
+    """
+
+    def __init__(self, blocks: list[nn.Module], held: _Held, to_the_end: bool = False) -> None:
+        self.blocks, self.held, self.to_the_end = blocks, held, to_the_end
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = [[] for _ in blocks]
-        self.put_out: list[Any] = [None] * len(blocks)  # by each block, in the last batch
+        # by each block, in the last batch; without hidden states once they were taken, so that few are held together
+        self.put_out: list[Any] = [None] * len(blocks)
+        self._batches = 0
 
     def run(self, model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
         numbered = list(enumerate(self.blocks))
@@ -82,6 +101,7 @@ class _Recorder:
                     model(**to_device(inputs, next(model.parameters()).device) | _without_cache(model))
                 except Stop:
                     pass
+                self._batches += 1
         finally:
             for handle in handles:
                 handle.remove()
@@ -94,10 +114,14 @@ class _Recorder:
                     f"calibrate: {type(module).__name__} does not take what the block before it puts out, so blocks "
                     "cannot be walked one by one in this model."
                 )
-            self.calls[i].append(call)
-            if not i:
-                self.hidden.append(states.cpu())
-            if i == len(self.blocks) - 1:
+            if len(self.calls[i]) > self._batches:
+                raise Repeated
+            self.calls[i].append(self.held.once(call))
+            if i:
+                self.put_out[i - 1] = _without_states(self.put_out[i - 1])
+            else:
+                self.hidden.append(states.to("cpu", copy=True))  # a block may change its input in place
+            if i == len(self.blocks) - 1 and not self.to_the_end:
                 raise Stop
 
         return note
@@ -112,6 +136,35 @@ class _Recorder:
 def hidden_states(output: Any) -> Any:
     """Hidden states in what a block puts out."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _without_states(output: Any) -> Any:
+    return (None, *output[1:]) if isinstance(output, tuple) else None
+
+
+@dataclass
+class _Held:
+    """Tensors that are equal are held once, whatever the number of batches.
+
+    Args:
+        most (`int`): how many of one shape a tensor is compared with.
+    """
+
+    most: int = 8
+    _known: dict[Any, list[torch.Tensor]] = field(default_factory=dict)
+
+    def once(self, call: Call) -> Call:
+        """A call with equal tensors of calls before."""
+        return Call(_mapped(call.args, self._tensor), _mapped(call.kwargs, self._tensor))
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        alike = self._known.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
+        for known in alike:
+            if known is tensor or torch.equal(known, tensor):
+                return known
+        if len(alike) < self.most:
+            alike.append(tensor)
+        return tensor
 
 
 def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
@@ -136,7 +189,7 @@ def _hands_on(model: nn.Module, blocks: list[nn.Module], batch: dict[str, torch.
     rest = [output[1:] for output in real.put_out[:-1] if isinstance(output, tuple)]
     if any(entry is not None for entries in rest for entry in entries):
         return False  # T5's first block computes the position bias of all
-    again = _Recorder(blocks)
+    again = _Recorder(blocks, real.held)
     with _stand_ins(blocks, real.put_out):
         again.run(model, [batch])
     pairs = [pair for one, two in zip(real.calls, again.calls, strict=True) for pair in zip(one, two, strict=True)]

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
-from .capture import Call, Stop, capture, hidden_states, to_device
+from .capture import Call, Repeated, Stop, capture, hidden_states, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 
@@ -251,9 +251,14 @@ def _block_by_block(
     outside += [name for name in watched if name in manner.whole]
     with tqdm(total=sum(len(stack.layers) for stack in stacks), desc="calibrate: blocks", unit="block") as bar:
         for stack in stacks:
-            _one_stack(model, stack, watched, taken, observer, after_block, device, manner, bar)
+            try:
+                _one_stack(model, stack, watched, taken, observer, after_block, device, manner, bar)
+            except Repeated:  # as ALBERT's: seen in passes through the whole model
+                outside += [name for names in stack.layers.values() for name in names]
+                bar.total -= len(stack.layers)
     for part in manner.parts(outside) if outside else ():
-        _whole_model(model, {key: watched[key] for key in part}, taken, observer, not manner.changes)
+        with manner.around_block(part):
+            _whole_model(model, {key: watched[key] for key in part}, taken, observer, not manner.changes)
         after_block(part)
 
 
