@@ -1,6 +1,7 @@
 """Learned masks of SmolLM2-135M: perplexity after a few steps on WikiText-2, and on text that it has not seen.
 
     python benchmarks/learned_perplexity.py --method mask --start wanda --steps 40
+    python benchmarks/learned_perplexity.py --method mask --start wanda --steps 40 --teacher base
     python benchmarks/learned_perplexity.py --method lora --steps 40
     python benchmarks/learned_perplexity.py --table
 
@@ -32,7 +33,8 @@ from ppruning_perplexity import LENGTH, perplexity
 from scaffold import FOLDER, make_parser, markdown, read, settings, show_or_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
 
-from peft_prune import SMPConfig, calibrate, create_pruning_optimizer, update_schedule
+from peft_prune import SMPConfig, calibrate, create_pruning_optimizer, distillation_loss, update_schedule
+from peft_prune.training.teacher import as_base
 
 
 RESULTS = FOLDER / "learned_perplexity.jsonl"
@@ -76,7 +78,12 @@ def fit(model: Any, optimizer: torch.optim.Optimizer, train: torch.Tensor, args:
     for step in range(args.steps):
         starts = torch.randint(0, len(train) - WINDOW, (BATCH,), generator=generator)
         batch = torch.stack([train[s : s + WINDOW] for s in starts.tolist()])
-        loss = model(input_ids=batch, labels=batch).loss
+        if args.teacher:
+            with as_base(model) as base:
+                answers = base(input_ids=batch)
+            loss = distillation_loss(model(input_ids=batch), answers, temperature=1.0, overwrite_teacher=True)
+        else:
+            loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -132,10 +139,9 @@ def table(path: Path) -> str:
         removed = (r["granularity"] or f"{r['sparsity']:.0%}") if masked else "–"
         figures = (f"{r['perplexity'][text]:.1f}" for text in TEXTS)
         start = r["start"] + (f", rank {r['rank']}" if r["rank"] else "") if masked else "–"
-        cells.append(
-            [r["method"], removed, start, str(r["steps"]), f"{r['tokens']:,}", str(r["seed"]), *figures,
-             str(r["training_cpu_seconds"])]
-        )  # fmt: skip
+        method = r["method"] + (", teacher" if r["teacher"] else "")
+        counts = (str(r["steps"]), f"{r['tokens']:,}", str(r["seed"]))
+        cells.append([method, removed, start, *counts, *figures, str(r["training_cpu_seconds"])])
     return markdown(["method", "removed", "start", "steps", "tokens", "seed", *TEXTS, "training, CPU s"], cells)
 
 
@@ -147,6 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("--granularity", help="n:m, such as 2:4, instead of a sparsity")
     parser.add_argument("--rank", type=int, default=0, help="of scores of low rank; 0: a score for each weight")
     parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--teacher", choices=["base"], help="train towards the dense model's logits, not the text")
     parser.add_argument("--lr", type=float, default=1e-3, help="of a LoRA")
     parser.add_argument("--score-lr", type=float, default=2e-2)
     parser.add_argument("--calibration", type=int, default=32)
