@@ -374,3 +374,14 @@ def test_a_stream_is_calibrated_on_its_first_examples(tmp_path):
 def advanced(model):
     update_schedule(model, 10, 10)
     return model
+
+
+@pytest.mark.parametrize("fields", [{}, AT_ONCE, {"score_init": "sparsegpt"}])
+def test_blocks_may_be_run_on_a_device_of_their_own(fields):
+    models = [llama(allocation="row", **fields) for _ in range(2)]
+    calibrate(models[0], batches())
+    calibrate(models[1], batches(), device="cpu")
+    for one, two in zip(*map(pruning_layers, models), strict=True):
+        torch.testing.assert_close(one.ranking("default"), two.ranking("default"), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="device='nowhere'"):
+        calibrate(llama(), batches(), device="nowhere")

@@ -538,7 +538,11 @@ def test_export(method, tmp_path, batch):
     module = PeftModel.from_pretrained(make(), tmp_path).eval().get_base_model()
     module = module if method in TRAINED else Logits(module)
     with torch.no_grad():
-        if method in ("movement", "structured", "sparsegpt"):  # kept values are decoded when they are needed, masks when loaded
+        if method in (
+            "movement",
+            "structured",
+            "sparsegpt",
+        ):  # kept values are decoded when they are needed, masks when loaded
             with pytest.raises(RuntimeError, match="Call the model once before torch.export"):
                 torch.export.export(module, (ids,), strict=False)
         else:

@@ -9,10 +9,12 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..calibration.walk import Watched, walk
+from ..calibration.walk import Manner, Watched, walk
+from ..importance.calibrated_start import CalibratedStart
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.masks import WAITING, not_started
 from ..layers.sharding import agreed
+from .layer_by_layer import LayerByLayer
 from .sparsity_reached import sparsity
 
 
@@ -37,7 +39,7 @@ def calibrate_start(
     """Fill the scores of an adapter, and put in force what its schedule begins with.
 
     If it begins with zeros in place, a block sees what the pruned blocks before it put out. Otherwise one forward pass
-    shows all layers.
+    shows all layers, unless their notes take much memory, or blocks are to be run on another device.
 
     Args:
         model (`nn.Module`): the model.
@@ -53,27 +55,36 @@ def calibrate_start(
     recipe, config = layers[0].host[name].recipe, layers[0].config(name)
     start = recipe.importance.calibrated_start
     assert start is not None
-    observer = start.observer()
-
-    def begin(paths: Iterable[str]) -> None:
-        for path in paths:
-            _begin(watched[path][0], name, agreed(start.factors(observer.result(path))))
-
+    scores = _Start(name, {path: layer for path, (layer, _) in watched.items()}, start)  # type: ignore[misc]
     dense = all(recipe.rule.at_first(layer, name) == layer.shape[0] * layer.shape[1] for layer in layers)
     with _waiting_again_on_error(name, layers):
-        if dense and start.is_light:
-            walk(model, watched, batches, observer, config.num_samples)
-            begin(watched)
+        if dense and start.is_light and device is None:
+            walk(model, watched, batches, scores.observer, config.num_samples)
+            scores.begin(watched)
         else:
-            walk(model, watched, batches, observer, config.num_samples, begin, device)
+            scores.walk(model, watched, batches, device, Manner(changes=not dense))
     return {"sparsity": sparsity(layers, name)}
 
 
-def _begin(layer: Any, name: str, factors: torch.Tensor) -> None:
-    recipe = layer.host[name].recipe
-    recipe.importance.begin(layer, name, factors.to(layer.weight.device))
-    layer.set_kept(name, recipe.rule.at_first(layer, name), -1, 0)
-    layer.renew(name)
+class _Start(LayerByLayer):
+    """Where the scores of each layer start."""
+
+    def __init__(self, name: str, layers: Mapping[str, PruningLayer], start: CalibratedStart) -> None:
+        super().__init__(name, layers, start.observer())
+        self.start = start
+
+    def _of_block(self, paths: list[str]) -> None:
+        self._warn_of_few_tokens(paths)
+        self.begin(paths)
+
+    def begin(self, paths: Iterable[str]) -> None:
+        """Fill the scores of some layers, in all processes by what the first one saw."""
+        for path in paths:
+            layer, factors = self.layers[path], agreed(self.start.factors(self.observer.result(path)))
+            recipe = layer.host[self.name].recipe
+            recipe.importance.begin(layer, self.name, factors.to(layer.weight.device))
+            layer.set_kept(self.name, recipe.rule.at_first(layer, self.name), -1, 0)
+            layer.renew(self.name)
 
 
 @contextmanager
