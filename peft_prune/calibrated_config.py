@@ -109,8 +109,8 @@ class UnitsConfig(CalibratedConfig):
         check_flag("repair", self.repair)
         if not (self.repair or self.value_dtype == "float16" or self.finalized):
             raise ValueError(
-                f"value_dtype={self.value_dtype!r} has no effect with repair=False, which stores no values. Leave it out, "
-                "or use repair=True."
+                f"value_dtype={self.value_dtype!r} has no effect with repair=False, which stores no values. Leave it "
+                "out, or use repair=True."
             )
         check_whole("sequence_length", self.sequence_length, 1)
 
