@@ -35,9 +35,9 @@ def config(method, **fields):
             **{"r": 2, "num_sparse": 3, "sparsity": 0.5, "prune_target_modules": fields.get("target_modules")} | fields
         )
     if method == "sparsegpt":
-        return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32"} | fields)
+        return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32", "num_samples": 4} | fields)
     if method == "wanda":
-        return WandaConfig(**{"sparsity": 0.5} | fields)
+        return WandaConfig(**{"sparsity": 0.5, "num_samples": 4} | fields)
     return PPruningConfig(**{"criterion": "random", "keep_ratio": 0.5} | fields)
 
 
