@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from peft_prune import PPruningConfig, SMPConfig, SparseGPTConfig, WandaConfig, calibrate
+from peft_prune import DSEEConfig, PPruningConfig, SMPConfig, SparseGPTConfig, WandaConfig, calibrate
 from peft_prune.calibration.checks import longest_text
 from peft_prune.layers.layer import pruning_layers
 from peft_prune.layers.quantized import PrunedQuantizedLinear
@@ -233,6 +233,14 @@ def test_experts_that_are_parameters_are_refused_by_name(kind, config, targets):
     if config is not SMPConfig:
         assert calibrate(model, [{"input_ids": ids(4, 24)}])["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert all(name in str(sorted(named)) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+def test_experts_are_what_dsee_prunes():
+    fields = {"target_modules": ["q_proj"], "r": 2, "num_sparse": 3}
+    with pytest.raises(ValueError, match=r"^prune_target_modules=None .* dense, name those: prune_target_modules=\["):
+        get_peft_model(make_mixture(), DSEEConfig(**fields))
+    with pytest.warns(UserWarning, match="does not prune the experts of MixtralForCausalLM"):
+        get_peft_model(make_mixture(), DSEEConfig(**fields, prune_target_modules=["o_proj"]))
 
 
 def make_switch():

@@ -15,6 +15,7 @@ from ..layers.layer import pruning_layers
 from ..layers.linear import LAYER_CLASSES
 from ..peft_api import LORA_TARGETS, include_all_linear
 from ..structure.sites import HEADS, find_sites
+from ..tuner.experts import tell_experts
 from ..tuner.model import PruningModel
 from ..tuner.targets import default_target_modules
 from ..tuner.unloading import active_for_merge
@@ -48,6 +49,7 @@ class DSEEModel(PruningModel):
     layer_classes = LAYER_CLASSES  # the update is of linear layers
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        tell_experts(self.model, peft_config, "prune_target_modules")
         if peft_config.target_modules is None:
             peft_config.target_modules = self._queries_and_values(model_config)
         if peft_config.prune_target_modules is None:

@@ -15,15 +15,16 @@ from .targets import IN_BLOCK, default_target_modules
 _LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
-def tell_experts(model: nn.Module, config: Any) -> None:
+def tell_experts(model: nn.Module, config: Any, field: str = "target_modules") -> None:
     """Say that experts stay dense: where targets are named with a warning, else with an error.
 
     Args:
         model (`nn.Module`): the model to prune.
         config ([`PruningConfig`]): the configuration. Heads, and adapters that are final, concern no experts.
+        field (`str`): the field that names what is pruned.
 
     Raises:
-        ValueError: `target_modules` is not given or `"all-linear"`, so the whole model is meant.
+        ValueError: the field is not given or `"all-linear"`, so the whole model is meant.
     """
     if config.finalized or config.granularity == "head":
         return
@@ -35,12 +36,12 @@ def tell_experts(model: nn.Module, config: Any) -> None:
         f"the experts of {type(model).__name__}, {100 * share:.1f} % of the weights of its blocks: they are parameters "
         f"({', '.join(experts[first])}) of {first!r} and its like, {len(experts)} in all, and masks are put on modules"
     )
-    targets = config.target_modules
+    targets = getattr(config, field)
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         named = sorted(default_target_modules(model))
         raise ValueError(
-            f"target_modules={targets!r} means the whole model, but this method cannot prune {what}. To prune the "
-            f"other layers and leave the experts dense, name those: target_modules={named}."
+            f"{field}={targets!r} means the whole model, but this method cannot prune {what}. To prune the "
+            f"other layers and leave the experts dense, name those: {field}={named}."
         )
     warnings.warn(f"This adapter does not prune {what}.", UserWarning, stacklevel=2)
 

@@ -37,11 +37,12 @@ def config(method, **fields):
             **{"r": 2, "num_sparse": 3, "sparsity": 0.5, "prune_target_modules": fields.get("target_modules")} | fields
         )
     if method == "sparsegpt":
-        return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32"} | fields)
+        return SparseGPTConfig(**{"sparsity": 0.5, "value_dtype": "float32", "num_samples": 4} | fields)
     if method == "wanda":
-        return WandaConfig(**{"sparsity": 0.5} | fields)
+        return WandaConfig(**{"sparsity": 0.5, "num_samples": 4} | fields)
     if method == "structured":
-        return StructuredPruningConfig(**{"keep_ratio": 0.5, "sequence_length": 9, "value_dtype": "float32"} | fields)
+        own = {"keep_ratio": 0.5, "sequence_length": 9, "value_dtype": "float32", "num_samples": 4}
+        return StructuredPruningConfig(**own | fields)
     return PPruningConfig(**{"criterion": "random", "keep_ratio": 0.5} | fields)
 
 
