@@ -67,6 +67,14 @@ def test_text_that_does_not_fit_the_model(name):
         fails(name, [batch, batch_for(name, tokens=65)], "has 65 tokens .* texts of 64 .*max_length=64")
 
 
+def test_packed_texts_are_as_long_as_the_longest_of_them():
+    """As TRL packs: one row without padding, positions counted from 0 in each text."""
+    model, packed = get_peft_model(architectures.make("llama"), WandaConfig()), ids(1, 100)
+    fails("llama", [{"input_ids": packed, "position_ids": torch.arange(100)[None]}], "has 100 tokens .* texts of 64")
+    calibrate(model, [{"input_ids": packed, "position_ids": torch.arange(50).repeat(2)[None]}])
+    assert all(layer.has_mask("default") for layer in pruning_layers(model))
+
+
 @pytest.mark.parametrize("config", [*ONE_SHOT, PPruningConfig])
 def test_batches_that_give_nothing(config):
     used_up = iter([batch_for("bert")])

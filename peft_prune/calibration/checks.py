@@ -23,7 +23,9 @@ def check_text(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
     for key, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
         if key in inputs:
             _check_ids(model, key, inputs[key])
-            _check_length(model, key, inputs[key])
+            # packed texts without padding follow each other in one row, and each counts its positions from 0
+            packed = inputs.get("position_ids") if key == "input_ids" else None
+            _check_length(model, key, inputs[key].shape[1] if packed is None else int(packed.max()) + 1)
             if mask in inputs and inputs[mask].dim() == 2 and inputs[mask].shape != inputs[key].shape:
                 raise ValueError(
                     f"calibrate: a batch has {mask} of shape {tuple(inputs[mask].shape)} for {key} of shape "
@@ -49,11 +51,11 @@ def _check_ids(model: nn.Module, key: str, ids: torch.Tensor) -> None:
         )
 
 
-def _check_length(model: nn.Module, key: str, ids: torch.Tensor) -> None:
+def _check_length(model: nn.Module, key: str, length: int) -> None:
     longest = longest_text(model)
-    if longest is not None and ids.shape[1] > longest:
+    if longest is not None and length > longest:
         raise ValueError(
-            f"calibrate: a batch has {ids.shape[1]:,} tokens in {key}, but the model is made for texts of {longest:,} "
+            f"calibrate: a batch has {length:,} tokens in {key}, but the model is made for texts of {longest:,} "
             f"(max_position_embeddings). Cut them: tokenizer(..., truncation=True, max_length={longest})."
         )
 
