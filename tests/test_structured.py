@@ -118,13 +118,15 @@ def expected_counts(base, data, keep, length):
     """How many units each site loses by the definition: one list by running maximum, residual stream and FLOPs."""
     sites = find_sites(base)
     seen = inputs_of(base, [site.output for site in sites], data)
-    states = {site.block: [] for site in sites}
-    hooks = [
-        base.get_submodule(block).register_forward_hook(
-            lambda m, args, out, block=block: states[block].append(out[0] if isinstance(out, tuple) else out)
-        )
-        for block in states
-    ]
+    states = {(site.block, kind): [] for site in sites for kind in ("heads", "neurons")}
+    hooks = []
+    for block in {site.block for site in sites}:
+
+        def note(module, args, out, block=block):
+            states[block, "heads"].append(args[0])
+            states[block, "neurons"].append(out[0] if isinstance(out, tuple) else out)
+
+        hooks.append(base.get_submodule(block).register_forward_hook(note))
     with torch.no_grad():
         for batch in data:
             base(**batch)
@@ -133,8 +135,8 @@ def expected_counts(base, data, keep, length):
     real = torch.cat([batch["attention_mask"].bool().flatten() for batch in data])
     steps = []
     for site in sites:
-        out = torch.cat([x.flatten(0, 1) for x in states[site.block]])[real].double()
-        scale = float(out.square().mean(1).median()) * len(out)
+        stream = torch.cat([x.flatten(0, 1) for x in states[site.block, site.kind]])[real].double()
+        scale = float(stream.square().mean(1).median()) * len(stream)
         weight = linear_matrix(base.get_submodule(site.output)).detach().double()
         _, losses = greedy_by_hand(weight, seen[site.output], site.columns, 0.01)
         cost = unit_macs(base, site, length)

@@ -108,7 +108,7 @@ class _Recorder:
 
     def _before(self, i: int) -> Any:
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            states, call = _split(args, kwargs)
+            states, call = split_arguments(args, kwargs)
             if i and hidden_states(self.put_out[i - 1]) is not states:
                 raise ValueError(
                     f"calibrate: {type(module).__name__} does not take what the block before it puts out, so blocks "
@@ -167,7 +167,7 @@ class _Held:
         return tensor
 
 
-def _split(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
+def split_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
     """Hidden states and the rest of a block's arguments."""
     if args:
         return args[0], Call(args[1:], kwargs)
@@ -214,7 +214,7 @@ def _stand_ins(blocks: list[nn.Module], put_out: Optional[list[Any]]) -> Iterato
 
 def _passing_on(output: Any) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        states, _ = _split(args, kwargs)
+        states, _ = split_arguments(args, kwargs)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     return forward

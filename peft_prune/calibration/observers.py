@@ -22,11 +22,11 @@ class Observer:
 
     Attributes:
         tokens (`dict[str, int]`): tokens that are no padding, by name of the layer that saw them.
-        blocks (`Mapping[str, nn.Module]`): by name of a layer, the block that it is in, if what that puts out is to be
-            noted, too.
+        streams (`Mapping`): by name of a layer, the block that it is in, if the residual stream is to be noted, too,
+            and whether that is the one behind the block (`True`) or before it.
     """
 
-    blocks: Mapping[str, nn.Module] = {}
+    streams: Mapping[str, tuple[nn.Module, bool]] = {}
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
@@ -53,8 +53,8 @@ class Observer:
         """
         raise NotImplementedError
 
-    def put_out(self, key: str, decoder: bool, states: torch.Tensor) -> None:
-        """Take note of the hidden states that the block of a layer puts out: floating point, shape (..., features)."""
+    def see_stream(self, key: str, decoder: bool, states: torch.Tensor) -> None:
+        """Take note of the residual stream at the block of a layer: floating point, shape (..., features)."""
 
     def output_loss(self, matrix: torch.Tensor, adapted: torch.Tensor, seen: Any) -> Optional[float]:
         """Relative loss of a layer's output, `None` if what is noted does not say it.

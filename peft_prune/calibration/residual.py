@@ -1,4 +1,4 @@
-"""The residual stream behind each layer: how large it is, on the tokens that are no padding."""
+"""How large the residual stream is to which layers add their output, on the tokens that are no padding."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from .observers import GramMatrices
 
 
 class ResidualGrams(GramMatrices):
-    """Gram matrices of layers' inputs, and the size of the residual stream behind the blocks that they are in.
-
-    The blocks have to be given: `observer.blocks`.
-    """
+    """Gram matrices of layers' inputs, and the size of the residual stream at their blocks, see `Observer.streams`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._squares: dict[str, list[torch.Tensor]] = {}
 
-    def put_out(self, key: str, decoder: bool, states: torch.Tensor) -> None:
-        """Note the mean square of each token that a block puts out."""
+    def see_stream(self, key: str, decoder: bool, states: torch.Tensor) -> None:
+        """Note the mean square of each token."""
         squares = self.real(key, decoder, states).float().square().mean(1)
         self._squares.setdefault(key, []).append(squares.cpu())
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
-from .capture import Call, Repeated, Stop, capture, hidden_states, to_device
+from .capture import Call, Repeated, Stop, capture, hidden_states, split_arguments, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 
@@ -147,11 +147,15 @@ class _Watch:
         self._first, self._stops = True, False
 
     def __enter__(self) -> _Watch:
-        layers, blocks = self.watched.items(), self.observer.blocks
-        self._handles: list[Any] = [m.register_forward_pre_hook(self._note(key, dec)) for key, (m, dec) in layers]
-        self._handles += [
-            blocks[key].register_forward_hook(self._put_out(key, dec)) for key, (_, dec) in layers if key in blocks
-        ]
+        self._handles: list[Any] = []
+        for key, (layer, decoder) in self.watched.items():
+            self._handles.append(layer.register_forward_pre_hook(self._note(key, decoder)))
+            block, behind = self.observer.streams.get(key, (None, False))
+            see = partial(self.observer.see_stream, key, decoder)
+            if block is not None and behind:
+                self._handles.append(block.register_forward_hook(_note_output(see)))
+            elif block is not None:
+                self._handles.append(block.register_forward_pre_hook(_note_input(see), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -180,8 +184,13 @@ class _Watch:
 
         return note
 
-    def _put_out(self, key: str, decoder: bool) -> Any:
-        return lambda module, args, output: self.observer.put_out(key, decoder, hidden_states(output))
+
+def _note_output(see: Callable[[torch.Tensor], None]) -> Any:
+    return lambda module, args, output: see(hidden_states(output))
+
+
+def _note_input(see: Callable[[torch.Tensor], None]) -> Any:
+    return lambda module, args, kwargs: see(split_arguments(args, kwargs)[0])
 
 
 # --------------------------------------------------------------------- one pass

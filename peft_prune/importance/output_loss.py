@@ -20,10 +20,11 @@ CRITERIA = ("loss", "activation")
 
 @dataclass(frozen=True)
 class OutputLoss(UnitImportance):
-    """Units go by the loss of the output of the matrix that they feed, in parts of the residual stream behind it.
+    """Units go by the loss of the output of the matrix that they feed, in parts of the residual stream.
 
-    A loss is divided by the mean square of the residual stream (the median over all tokens, because a few tokens are
-    thousands of times larger), so that layers can be compared.
+    A loss is divided by the mean square of the residual stream that the norm behind the layer will read, so that layers
+    can be compared: for heads, that before the block; for neurons, that behind it. It is the median over all tokens,
+    because a few tokens are thousands of times larger.
 
     Args:
         criterion (`str`): `"loss"`: greedily, each time the unit that costs least when the others make up for it, or

@@ -13,7 +13,7 @@ from ..calibration.observers import GramMatrices
 from ..calibration.walk import Manner, Watched, walk
 from ..importance.units import UnitImportance
 from ..layers.layer import PruningLayer
-from ..structure.sites import Site, find_sites
+from ..structure.sites import HEADS, Site, find_sites
 from .layer_by_layer import LayerByLayer
 
 
@@ -84,7 +84,10 @@ def _look(
             layer = by_path[path]
             seen[layer.module_name] = importance.digest(layer, name, observer.result(path))
 
-    observer.blocks = {path: model.get_submodule(sites[path].block) for path in by_path}
+    # heads add to the stream before the block, and neurons behind the heads
+    observer.streams = {
+        path: (model.get_submodule(sites[path].block), sites[path].kind != HEADS) for path in by_path
+    }
     manner = Manner(changes=False, whole=repeated)
     walk(model, watched, batches, observer, config.num_samples, after_block, device, manner)
     return seen
