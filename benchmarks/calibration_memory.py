@@ -37,9 +37,9 @@ METHODS = {
     "SparseGPT": lambda **f: SparseGPTConfig(solver="sparsegpt", **f),
 }
 RUNS = {  # blocks calibrated, windows, tokens of a window
-    "memory": (22, 2, 64),
     "time, little text": (2, 1, 512),
     "time, more text": (2, 4, 512),
+    "memory": (22, 2, 64),
 }
 
 
@@ -158,7 +158,7 @@ def rates(rows: list[dict[str, Any]]) -> dict[str, float]:
     Each block is run twice, the last one once and without its last matrix; the first window once more.
     """
     seconds = {(r["method"], r["run"]): r["seconds"] for r in rows}
-    little, more = list(RUNS)[1:]
+    little, more, _ = RUNS
     blocks, _, length = RUNS[little]
     tokens = length * (RUNS[more][1] - RUNS[little][1])
     shape = SHAPES["1.1 B"]
@@ -216,8 +216,8 @@ def main(args: argparse.Namespace) -> None:
         return
     result = json.loads(args.results.read_text()) if args.results.exists() else {"runs": []}
     if not args.table:
-        for method in METHODS:
-            for run in RUNS:
+        for run in RUNS:
+            for method in METHODS:
                 if not any((r["method"], r["run"]) == (method, run) for r in result["runs"]):
                     command = [sys.executable, __file__, "--one", method, run]
                     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
