@@ -85,9 +85,7 @@ def _look(
             seen[layer.module_name] = importance.digest(layer, name, observer.result(path))
 
     # heads add to the stream before the block, and neurons behind the heads
-    observer.streams = {
-        path: (model.get_submodule(sites[path].block), sites[path].kind != HEADS) for path in by_path
-    }
+    observer.streams = {path: (model.get_submodule(sites[path].block), sites[path].kind != HEADS) for path in by_path}
     manner = Manner(changes=False, whole=repeated)
     walk(model, watched, batches, observer, config.num_samples, after_block, device, manner)
     return seen
