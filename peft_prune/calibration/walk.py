@@ -8,11 +8,10 @@ and once it is pruned. Nothing behind the last layer of interest is run, such as
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
 
@@ -24,13 +23,13 @@ from .batches import decoder_tokens, model_inputs, real_tokens
 from .capture import Call, Repeated, Stop, capture, hidden_states, split_arguments, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
+from .place import device_of, moved
+from .stacks import Stack, find_stacks
 
 
 Watched = Mapping[str, tuple[nn.Module, bool]]  # by name: a layer, and whether it sees the decoder's tokens
 AfterBlock = Callable[[list[str]], Optional[float]]
 AroundBlock = Callable[[list[str]], AbstractContextManager[Any]]
-
-_BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\..+")
 
 
 @dataclass(frozen=True)
@@ -115,10 +114,6 @@ def _taken(
         )
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
@@ -201,7 +196,7 @@ def _in_one_pass(
 ) -> None:
     with _Watch(watched, observer) as watch, tqdm(desc="calibrate: run the model", unit="example") as bar:
         bar.total = num_samples
-        for inputs, counts in _taken(model, batches, num_samples, _device(model)):
+        for inputs, counts in _taken(model, batches, num_samples, device_of(model)):
             watch.run(counts, partial(model, **inputs))
             examples = len(next(iter(inputs.values())))
             if not bar.n:
@@ -218,33 +213,6 @@ def _examples_ahead(batches: Iterable[Any], batch_size: int, most: int) -> int:
 
 
 # --------------------------------------------------------------- block by block
-
-
-@dataclass
-class _Stack:
-    """Numbered blocks that follow each other, and the watched layers inside each."""
-
-    path: str
-    blocks: dict[int, nn.Module] = field(default_factory=dict)
-    layers: dict[int, list[str]] = field(default_factory=dict)
-
-
-def find_stacks(model: nn.Module, names: Iterable[str]) -> tuple[list[_Stack], list[str]]:
-    """Stacks of blocks that hold the named layers, in the order of the model, and the layers outside of all."""
-    stacks: dict[str, _Stack] = {}
-    outside = []
-    for name in names:
-        match = _BLOCK.fullmatch(name)
-        if match is None:
-            outside.append(name)
-            continue
-        stack = stacks.setdefault(match["stack"], _Stack(match["stack"]))
-        stack.layers.setdefault(int(match["number"]), []).append(name)
-    for stack in stacks.values():
-        children = model.get_submodule(stack.path).named_children()
-        stack.blocks = {int(key): block for key, block in children if key.isdigit()}
-    order = [path for path, _ in model.named_modules()]
-    return sorted(stacks.values(), key=lambda stack: order.index(stack.path)), outside
 
 
 def _block_by_block(
@@ -273,7 +241,7 @@ def _block_by_block(
 
 def _one_stack(
     model: nn.Module,
-    stack: _Stack,
+    stack: Stack,
     watched: Watched,
     taken: list[tuple[dict[str, torch.Tensor], Counts]],
     observer: Observer,
@@ -288,7 +256,7 @@ def _one_stack(
     hidden, calls = capture(model, [stack.blocks[n] for n in numbers], [inputs for inputs, _ in taken])
     for i, number in enumerate(numbers):
         block, names = stack.blocks[number], stack.layers.get(number, [])
-        with _moved(block, device) as place, manner.around_block(names):
+        with moved(block, device) as place, manner.around_block(names):
             for part in manner.parts(names) if names else ():
                 with _Watch({key: watched[key] for key in part}, observer, to_end=not manner.changes) as watch:
                     for j, ((_, counts), call) in enumerate(zip(taken, calls[i], strict=True)):
@@ -301,20 +269,6 @@ def _one_stack(
             if number != last and (manner.changes or not names):
                 for j, call in enumerate(calls[i]):
                     hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
-
-
-@contextmanager
-def _moved(block: nn.Module, device: Optional[torch.device | str]) -> Iterator[torch.device]:
-    """A block on a device, and back where it was, an interrupt included."""
-    home = _device(block)
-    place = home if device is None else torch.device(device)
-    try:
-        if device is not None:
-            block.to(place)
-        yield place
-    finally:
-        if device is not None:
-            block.to(home)
 
 
 def _run(block: nn.Module, hidden: torch.Tensor, call: Call, device: Any) -> torch.Tensor:
@@ -333,4 +287,4 @@ def _whole_model(
 ) -> None:
     with _Watch(watched, observer, to_end) as watch:
         for inputs, counts in taken:
-            watch.run(counts, partial(model, **to_device(inputs, _device(model))))
+            watch.run(counts, partial(model, **to_device(inputs, device_of(model))))
