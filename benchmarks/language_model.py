@@ -44,7 +44,8 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
+def as_tokens(tokenizer: Any, text: str) -> torch.Tensor:
+    """A text as tokens: int64, one dimension."""
     return tokenizer(text, return_tensors="pt")["input_ids"][0]
 
 
@@ -68,7 +69,7 @@ def training_tokens(tokenizer: Any, text: str = "wikitext", characters: int = 1_
     if text == "mixed":
         others = [rated_snippets("nytEditorial"), rated_snippets("amazonReview"), questions(), _python_manual()]
         sources += [source[:characters] for source in others]
-    return [_tokens(tokenizer, source) for source in sources]
+    return [as_tokens(tokenizer, source) for source in sources]
 
 
 def calibration_windows(tokenizer: Any, args: argparse.Namespace) -> torch.Tensor:
@@ -101,7 +102,7 @@ def perplexities(model: Any, tokenizer: Any, windows: int) -> dict[str, Any]:
     texts = {"penn_treebank": penn_treebank("test"), "film_sentences": _film_sentences(), "sts_b": _pairs()}
 
     def of(text: str, count: int) -> float:
-        return perplexity(model, _tokens(tokenizer, text)[: count * LENGTH].view(-1, LENGTH))
+        return perplexity(model, as_tokens(tokenizer, text)[: count * LENGTH].view(-1, LENGTH))
 
     return {
         "perplexity": of(wikitext_2("test")[:200_000], windows),

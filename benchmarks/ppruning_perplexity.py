@@ -11,39 +11,20 @@ smaller model for `--steps` steps of 4 × 256 tokens of WikiText-2's training te
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 import torch
-from offline_data import smollm2_path, wikitext_2
+from language_model import LENGTH, as_tokens, load, perplexity, training_tokens, wikitext_2
 from peft import LoraConfig, get_peft_model
 from scaffold import FOLDER, make_parser, markdown, read, settings, show_or_run
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup, set_seed
+from transformers import get_linear_schedule_with_warmup, set_seed
 
 from peft_prune import PPruningConfig, calibrate, model_size
 
 
 RESULTS = FOLDER / "ppruning_perplexity.jsonl"
-LENGTH = 512
-
-
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        losses = [
-            cross_entropy(model(input_ids=row[None]).logits[0, :-1].float(), row[1:], reduction="sum").item()
-            for row in windows
-        ]
-    return math.exp(sum(losses) / (len(windows) * (LENGTH - 1)))
 
 
 def recover(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> Any:
@@ -68,12 +49,9 @@ def recover(model: Any, tokens: torch.Tensor, args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace) -> dict:
     set_seed(args.seed)
-    path = smollm2_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    train = tokenizer(wikitext_2("train")[:2_000_000], return_tensors="pt")["input_ids"][0]
-    test = tokenizer(wikitext_2("test")[:200_000], return_tensors="pt")["input_ids"][0]
-    test = test[: args.windows * LENGTH].view(-1, LENGTH)
+    model, tokenizer = load()
+    (train,) = training_tokens(tokenizer, characters=2_000_000)
+    test = as_tokens(tokenizer, wikitext_2("test")[:200_000])[: args.windows * LENGTH].view(-1, LENGTH)
     result = settings(args)
     if args.criterion == "dense":
         return result | {"pruned": perplexity(model, test), "parameters": model_size(model).parameters}

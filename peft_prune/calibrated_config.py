@@ -96,14 +96,15 @@ class UnitsConfig(CalibratedConfig):
     damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
     value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
     granularity = "column"  # heads and neurons are columns of a matrix
+    budget = "flops"  # what the cost is
 
     def __post_init__(self, density: Optional[float] = None):
         self._refuse_sparsity(
-            density, "this method is told the share that stays, for instance keep_ratio=0.5, and finds the sparsity."
+            density, "set the share to keep instead, for instance keep_ratio=0.5; the sparsity follows from it."
         )
         super().__post_init__(density)
-        what = "FLOPs" if getattr(self, "budget", "flops") == "flops" else "parameters"
-        check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, f"It is the share of the {what} that stays, e.g. 0.5.")
+        what = "FLOPs" if self.budget == "flops" else "parameters"
+        check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, f"It is the share of the {what} that is kept, e.g. 0.5.")
         check_number("damping", self.damping, 1e-9, 1.0, "The papers use 0.01.")
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         check_flag("repair", self.repair)

@@ -37,7 +37,7 @@ def _check_ids(model: nn.Module, key: str, ids: torch.Tensor) -> None:
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(
             f"calibrate: a batch has {key} of shape {tuple(ids.shape)}. Texts have the shape (batch, tokens), with one "
-            "token at least; a single text has to be a batch of one: input_ids.unsqueeze(0)."
+            "token at least; make a single text a batch of one: input_ids.unsqueeze(0)."
         )
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     known = getattr(embeddings, "num_embeddings", None)
@@ -56,7 +56,7 @@ def _check_length(model: nn.Module, key: str, length: int) -> None:
     if longest is not None and length > longest:
         raise ValueError(
             f"calibrate: a batch has {length:,} tokens in {key}, but the model is made for texts of {longest:,} "
-            f"(max_position_embeddings). Cut them: tokenizer(..., truncation=True, max_length={longest})."
+            f"(max_position_embeddings). Truncate them: tokenizer(..., truncation=True, max_length={longest})."
         )
 
 
@@ -89,8 +89,8 @@ def warn_of_few_examples(found: int, asked: int) -> None:
     """Warn if batches gave fewer examples than the config asks for."""
     if found < asked:
         warnings.warn(
-            f"calibrate: batches gave {found:,} example{'s' * (found != 1)}, and num_samples={asked:,} asks for more. "
-            f"All were used. Give more, or say num_samples={found} in the config.",
+            f"calibrate: batches gave {found:,} example{'s' * (found != 1)}, and num_samples={asked:,} were asked "
+            f"for. All were used. Pass more, or set num_samples={found} in the config.",
             UserWarning,
             stacklevel=2,
         )

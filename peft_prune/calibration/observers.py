@@ -83,8 +83,8 @@ class Observer:
         if not self.tokens.get(key):
             what = "saw no token that is no padding" if key in self.tokens else "was not called"
             raise ValueError(
-                f"calibrate: {key!r} {what}, so nothing is known of its inputs. Give more batches, or take it out of "
-                "target_modules."
+                f"calibrate: {key!r} {what}, so nothing is known about its inputs. Give more batches, or remove it "
+                "from target_modules."
             )
         del self.tokens[key]
 
@@ -203,8 +203,8 @@ class GramMatrices(Observer):
         leader, times = self._followed.pop(key, (key, self._led[key]))
         if times != self._led[leader]:
             raise ValueError(
-                f"calibrate: {key!r} and {leader!r} have one input in some batches, and not in others, so what is "
-                "known of it cannot be shared. Take one of them out of target_modules."
+                f"calibrate: {key!r} and {leader!r} have one input in some batches, and not in others, so "
+                "their statistics cannot be kept apart. Remove one of them from target_modules."
             )
         grams = [self._sums[name] for name in {leader, key} if name in self._sums]
         gram = mirror_triangle(grams[0]) if len(grams) == 1 else mirror_triangle(grams[0] + grams[1])

@@ -9,7 +9,7 @@ and once it is pruned. Nothing behind the last layer of interest is run, such as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,13 +40,11 @@ class Manner:
         in_turn (`bool`): whether each layer of a block is seen by itself, in the order of the model, and behind those
             before it that `after_block` has changed.
         changes (`bool`): whether `after_block` changes anything; otherwise each block is run once.
-        whole (`Collection[str]`): layers in blocks that run several times, which are seen in runs of the whole model.
         around_block (`Callable`): gives a context in which the block that holds the named layers is run.
     """
 
     in_turn: bool = False
     changes: bool = True
-    whole: Collection[str] = ()
     around_block: AroundBlock = lambda names: nullcontext()
 
     def parts(self, names: list[str]) -> list[list[str]]:
@@ -109,8 +107,8 @@ def _taken(
             return
     if not seen:
         raise ValueError(
-            "calibrate: batches is empty, or a generator that was used up before. Give it a few hundred examples of "
-            "the task."
+            "calibrate: batches is empty, or a generator that was used up before. Pass a few hundred examples of the "
+            "task."
         )
 
 
@@ -224,8 +222,7 @@ def _block_by_block(
     device: Optional[torch.device | str],
     manner: Manner,
 ) -> None:
-    stacks, outside = find_stacks(model, [name for name in watched if name not in manner.whole])
-    outside += [name for name in watched if name in manner.whole]
+    stacks, outside = find_stacks(model, watched)
     with tqdm(total=sum(len(stack.layers) for stack in stacks), desc="calibrate: blocks", unit="block") as bar:
         for stack in stacks:
             try:

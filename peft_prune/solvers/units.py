@@ -170,7 +170,7 @@ def _check(
     count = units - 1 if count is None else count
     check_whole("count", count, 0)
     if count >= units:
-        raise ValueError(f"count={count} must be less than the {units} units: one stays.")
+        raise ValueError(f"count={count} must be less than the {units} units: at least one is kept.")
     step = max(1, -(-units // _ROUNDS)) if step is None else step
     check_whole("step", step, 1)
     return units, count, step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional, cast
 
 import torch
@@ -43,14 +43,12 @@ def choose_across_layers(
     if recipe.update.fits:
         batches = first_examples(batches, config.num_samples)
     sites = {site.output: site for site in find_sites(model)}
-    repeated = [path for path in by_path if sites[path].repeats > 1]
     seen = None
     if recipe.importance.reads_activations:
-        seen = _look(model, name, by_path, watched, sites, batches, device, repeated)
+        seen = _look(model, name, by_path, watched, sites, batches, device)
     set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
     if recipe.update.fits:
-        manner = Manner(in_turn=True, whole=repeated)
-        return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, manner)
+        return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, Manner(in_turn=True))
     return {}
 
 
@@ -68,7 +66,6 @@ def _look(
     sites: Mapping[str, Site],
     batches: Iterable[Any],
     device: Optional[torch.device | str],
-    repeated: Collection[str],
 ) -> dict[str, Any]:
     """What is seen of all layers of the model as it is, by module name."""
     first = next(iter(by_path.values()))
@@ -86,6 +83,5 @@ def _look(
 
     # heads add to the stream before the block, and neurons behind the heads
     observer.streams = {path: (model.get_submodule(sites[path].block), sites[path].kind != HEADS) for path in by_path}
-    manner = Manner(changes=False, whole=repeated)
-    walk(model, watched, batches, observer, config.num_samples, after_block, device, manner)
+    walk(model, watched, batches, observer, config.num_samples, after_block, device, Manner(changes=False))
     return seen

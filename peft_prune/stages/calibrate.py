@@ -147,8 +147,8 @@ def _check_device(device: torch.device | str, recipe: Recipe) -> None:
     starts = recipe.importance.calibrated_start is not None
     if not (starts or recipe.by_block or recipe.importance.by_block):
         raise ValueError(
-            f"calibrate: device={device!r} is for methods that are calibrated block by block. This one looks at the "
-            f"whole model: move it there, model.to({str(device)!r}), and leave device out."
+            f"calibrate: device={device!r} is for methods that are calibrated block by block. This one runs "
+            f"the whole model: move it there, model.to({str(device)!r}), and leave device out."
         )
     check_device(device)
 

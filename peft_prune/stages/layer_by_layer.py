@@ -106,7 +106,7 @@ class LayerByLayer:
         inputs = self.layers[path].in_features
         warnings.warn(
             f"calibrate: {path!r} saw {self._tokens(path):,} tokens for {inputs:,} inputs; "
-            f"{self.observer.needed(inputs):,} are the least that say enough of them. Give more or longer texts.",
+            f"{self.observer.needed(inputs):,} are the least for a sound estimate. Pass more or longer texts.",
             UserWarning,
             stacklevel=2,
         )

@@ -48,8 +48,8 @@ def unreachable(config: Any) -> str:
     by_row = getattr(config, "allocation", None) == "row"
     group, fix = ("row", "allocation='local'") if by_row else ("matrix", "a finer granularity")
     return (
-        f"granularity={config.granularity!r} removes whole units, and at least one of each {group} stays, so no "
-        f"sparsity nearer to it can be had. Use {fix}, or ask for what can be reached"
+        f"granularity={config.granularity!r} removes whole units, and keeps at least one in each {group}, so this is "
+        f"the closest sparsity possible. Use {fix}, or ask for what can be reached"
     )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from ..peft_api import BaseTunerLayer
-from .targets import IN_BLOCK, default_target_modules
+from .targets import IN_BLOCK, base_modules, default_target_modules
 
 
 _LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -50,7 +48,7 @@ def _experts(model: nn.Module) -> tuple[dict[str, list[str]], float]:
     """Modules that hold weights of experts themselves, with the names of these; their share of the blocks' weights."""
     found: dict[str, list[str]] = {}
     of_experts = everything = 0
-    for name, module in _base_modules(model):
+    for name, module in base_modules(model):
         own = {key: p for key, p in module._parameters.items() if p is not None and p.dim() > 1}
         size = sum(p.numel() for p in own.values())
         if IN_BLOCK.fullmatch(f"{name}.weight"):
@@ -59,16 +57,3 @@ def _experts(model: nn.Module) -> tuple[dict[str, list[str]], float]:
                 found[name] = list(own)
                 of_experts += size
     return found, of_experts / max(everything, 1)
-
-
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name as they are without adapters."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-            yield name, module.get_base_layer()
-        else:
-            yield name, module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -17,6 +18,19 @@ from .weight_readers import reads_weight_of
 IN_BLOCK = re.compile(r"(?:^|.*?\.)[^.\d][^.]*\.\d+\.(?P<suffix>.+)")
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name as they are without adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+            yield name, module.get_base_layer()
+        else:
+            yield name, module
+
+
 def default_target_modules(model: nn.Module) -> set[str]:
     """Suffixes of the linear layers inside the numbered blocks of a model: no head, no pooler, no embeddings.
 
@@ -26,14 +40,8 @@ def default_target_modules(model: nn.Module) -> set[str]:
         ValueError: the model has no such layers.
     """
     suffixes = set()
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
+    for name, base in base_modules(model):
         # of what is adapted already, too, only linear layers: others have to be named
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         match = IN_BLOCK.fullmatch(name)
         if match is None or layer_class_for(base) is None:
             continue
