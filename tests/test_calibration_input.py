@@ -63,6 +63,7 @@ def test_text_that_does_not_fit_the_model(name):
     fails(
         name, [batch, batch | {"attention_mask": torch.ones(2, 8)}], r"attention_mask of shape \(2, 8\) for input_ids"
     )
+    fails(name, [batch, batch | {"input_ids": ids(2, 9).float()}], r"input_ids of dtype torch.float32.*\.long\(\)")
     if name != "t5":  # positions are relative there
         fails(name, [batch, batch_for(name, tokens=65)], "has 65 tokens .* texts of 64 .*max_length=64")
 

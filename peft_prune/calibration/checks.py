@@ -39,9 +39,14 @@ def _check_ids(model: nn.Module, key: str, ids: torch.Tensor) -> None:
             f"calibrate: a batch has {key} of shape {tuple(ids.shape)}. Texts have the shape (batch, tokens), with one "
             "token at least; make a single text a batch of one: input_ids.unsqueeze(0)."
         )
+    if ids.is_floating_point():
+        raise ValueError(
+            f"calibrate: a batch has {key} of dtype {ids.dtype}. Tokens are whole numbers, as a tokenizer gives them: "
+            f"{key}.long()."
+        )
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     known = getattr(embeddings, "num_embeddings", None)
-    if not isinstance(known, int) or ids.is_floating_point() or not ids.numel():
+    if not isinstance(known, int) or not ids.numel():
         return
     wrong = ids[(ids < 0) | (ids >= known)]
     if len(wrong):

@@ -152,7 +152,10 @@ def open_source(sparse_model: Any) -> Weights | MaskFile:
         if path is not None:
             files = _shards(source, path) if name.endswith(_INDEX) else [path]
             return _of_files(source, files, _architecture(source))
-    raise ValueError(f"sparse_model={source!r} holds no weights and no masks: none of {', '.join(_WEIGHTS + _MASKS)}.")
+    raise ValueError(
+        f"sparse_model={source!r} holds no weights and no masks: none of {', '.join(_WEIGHTS + _MASKS)}. Of a Hub id, "
+        "without a network, only files that were downloaded before are found."
+    )
 
 
 def find_file(source: str, name: str) -> Optional[Path]:

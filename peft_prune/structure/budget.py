@@ -60,7 +60,8 @@ def choose_units(
     if wanted > sum(most) + 0.5:
         raise ValueError(
             f"keep_ratio={keep_ratio!r} cannot be reached: with the units that every layer keeps, "
-            f"{1 - sum(most) / total:.4f} of the {what} remain. Use a larger keep_ratio."
+            f"{1 - sum(most) / total:.4f} of the {what} remain. Use a larger keep_ratio, or a smaller "
+            "min_share where it is set."
         )
     goals = [wanted]
     if lambda_ffn is not None:
