@@ -11,7 +11,7 @@ from ..config import PruningConfig
 from ..layers.layer import pruning_layers
 from ..methods.imported import final_config
 from ..tuner.targets import IN_BLOCK
-from .look import Found
+from .scan import Found
 
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")

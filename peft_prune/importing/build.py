@@ -13,11 +13,11 @@ from ..storage.values import VALUE_DTYPES
 from ..tuner.adapter_names import check_adapter_name
 from .adapter import config_of, make_adapter
 from .base import find_matrices, load_base
-from .look import Found, check_sparse, look_at, named_by, own_dtype
 from .mask_file import MaskFile
 from .names import Names
-from .others import check_others, check_saved, check_structure, copy_saved
 from .report import ImportedMatrix, ImportReport, make_report
+from .rest_of_model import check_others, check_saved, check_structure, copy_saved
+from .scan import Found, check_sparse, look_at, named_by, own_dtype
 from .sources import Weights, open_source
 from .verify import verify
 

@@ -10,8 +10,8 @@ from peft.utils import get_peft_model_state_dict
 
 from ..names import module_kind, one_line
 from ..report.summary import common_prefix
-from .look import Found
 from .mask_file import MaskFile
+from .scan import Found
 from .sources import Weights
 
 
