@@ -16,6 +16,7 @@ from .config_checks import (
 )
 from .storage.values import VALUE_DTYPES
 from .updates.base import Keep, Update
+from .updates.low_rank import LowRank
 from .updates.rewrite import Repair
 
 
@@ -49,6 +50,15 @@ class OneShotConfig(CalibratedConfig):
     Args:
         granularity (`str`): `"weight"`, or an n:m pattern such as `"2:4"`: n of every m weights along the input.
         sparsity_pattern (`dict[str, float]`, *optional*): sparsity of single modules, by name or regular expression.
+        allocation (`str`):
+            `"local"`: all matrices have the same sparsity. `"owl"`: blocks with more outliers, weights whose
+            `|W|·‖x‖` is far above the block's mean, keep more (OWL, arXiv 2310.05175); it takes a look at the dense
+            model before.
+        update (`str`):
+            `"low_rank"` adds a LoRA beside the mask, which starts by making up for part of the damage in closed form
+            (SLiM, arXiv 2410.09615; QERA, arXiv 2410.06040) and can be trained afterwards. `"none"` adds nothing.
+        r (`int`): rank of `update="low_rank"`.
+        lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
 
     Raises:
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
@@ -58,16 +68,29 @@ class OneShotConfig(CalibratedConfig):
     sparsity_pattern: Optional[dict[str, float]] = field(
         default_factory=dict, metadata={"help": "Sparsity of single modules, by name or regular expression."}
     )
+    allocation: str = field(default="local", metadata={"help": "'local', or 'owl': by outliers of blocks."})
+    update: str = field(default="none", metadata={"help": "'none' or 'low_rank'."})
+    r: int = field(default=8, metadata={"help": "Rank of update='low_rank'."})
+    lora_alpha: float = field(default=8.0, metadata={"help": "update='low_rank' is scaled by lora_alpha / r."})
 
     def __post_init__(self, density: Optional[float] = None):
         super().__post_init__(density)
         check_single_weights(self.granularity)
+        check_choice("allocation", self.allocation, ("local", "owl"))
+        check_choice("update", self.update, ("none", "low_rank"))
+        check_whole("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, 1e-9, 1e9, "LoRA's usual choice is r or 2r.")
         check_sparsity_pattern(self.sparsity_pattern, "It is the share of weights removed, e.g. sparsity=0.5.")
-        if ":" in self.granularity and self.sparsity_pattern:
-            raise ValueError(
-                f"granularity={self.granularity!r} fixes the sparsity of every matrix, so sparsity_pattern="
-                f"{self.sparsity_pattern!r} must stay at its default."
-            )
+        for name, default in (("sparsity_pattern", {}), ("allocation", "local")):
+            if ":" in self.granularity and getattr(self, name) != default:
+                raise ValueError(
+                    f"granularity={self.granularity!r} fixes the sparsity of every matrix, so {name}="
+                    f"{getattr(self, name)!r} must stay at its default."
+                )
+
+    def beside_mask(self) -> Optional[LowRank]:
+        """The update beside the mask, if there is one."""
+        return LowRank(self.r, self.lora_alpha, seed=self.seed) if self.update == "low_rank" else None
 
 
 @dataclass

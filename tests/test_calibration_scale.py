@@ -20,8 +20,8 @@ from peft_prune.layers.layer import PruningLayer, pruning_layers
 pytestmark = pytest.mark.filterwarnings("ignore:calibrate")  # few examples, few tokens
 
 CONFIGS = {
-    "wanda": lambda: WandaConfig(),
-    "wanda, swaps": lambda: WandaConfig(refine="swaps"),
+    "wanda": lambda: WandaConfig(refine=None),
+    "wanda, swaps": lambda: WandaConfig(),
     "wanda, low rank": lambda: WandaConfig(update="low_rank", r=4),
     "admm": lambda: SparseGPTConfig(solver="admm"),
     "sparsegpt": lambda: SparseGPTConfig(solver="sparsegpt"),
