@@ -126,7 +126,7 @@ class DistillationTrainer(Trainer):
         """The teacher's output."""
         inputs = inputs if self._needs_labels() else _without_labels(inputs)
         if isinstance(self.teacher, str):
-            with as_base(self.model) as base:
+            with as_base(cast(nn.Module, self.model)) as base:
                 return base(**inputs)
         with torch.no_grad():
             return self.teacher(**inputs)  # type: ignore[misc]
