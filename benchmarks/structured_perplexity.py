@@ -29,6 +29,7 @@ from peft_prune.layers.layer import pruning_layers
 
 
 RESULTS = FOLDER / "structured_perplexity.jsonl"
+LAYERS = 30  # of the dense model
 METHODS: dict[str, Any] = {
     "loss, repair": lambda **f: StructuredPruningConfig(criterion="loss", **f),
     "loss": lambda **f: StructuredPruningConfig(criterion="loss", repair=False, **f),
@@ -37,6 +38,10 @@ METHODS: dict[str, Any] = {
     "magnitude, repair": lambda **f: StructuredPruningConfig(criterion="magnitude", **f),
     "magnitude": lambda **f: StructuredPruningConfig(criterion="magnitude", repair=False, **f),
     "random, repair": lambda **f: StructuredPruningConfig(criterion="random", **f),
+    "layers by loss": lambda **f: StructuredPruningConfig(keep_layers=round(f["keep_ratio"] * LAYERS), **f),
+    "layers by block influence": lambda **f: StructuredPruningConfig(
+        keep_layers=round(f["keep_ratio"] * LAYERS), layer_criterion="influence", **f
+    ),
     "P-pruning, repair": lambda **f: PPruningConfig(repair=True, **f),
     "P-pruning": lambda **f: PPruningConfig(**f),
 }

@@ -37,6 +37,7 @@ from .structure.shrink import shrink
 from .trained_config import TrainedConfig
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
+from .training.distilling_trainer import DistillationTrainer
 from .training.mixin import PruningTrainerMixin
 from .training.optimizer import create_pruning_optimizer
 from .training.trainer import PruningTrainer
@@ -58,6 +59,7 @@ __all__ = [
     "Block",
     "DSEEConfig",
     "DSEEModel",
+    "DistillationTrainer",
     "FeedForward",
     "MaskFormatError",
     "ModelSize",

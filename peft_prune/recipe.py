@@ -51,7 +51,7 @@ class Recipe:
     @property
     def needs_activations(self) -> bool:
         """Whether calibration needs inputs: to choose, or for the weights that stay."""
-        return self.importance.reads_activations or self.update.fits
+        return self.importance.reads_activations or self.update.fits or self.rule.reads_activations
 
     @property
     def by_block(self) -> bool:

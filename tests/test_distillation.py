@@ -8,7 +8,7 @@ from helpers.callbacks import Gradients
 from helpers.data import arguments, data
 from helpers.methods import TRAINED, adapter, smp_bert
 from helpers.models import BERT, make_bert, make_llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForTokenClassification
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
@@ -16,7 +16,14 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from peft_prune import PruningCallback, PruningTrainer, SMPConfig, distillation_loss, update_schedule
+from peft_prune import (
+    DistillationTrainer,
+    PruningCallback,
+    PruningTrainer,
+    SMPConfig,
+    distillation_loss,
+    update_schedule,
+)
 from peft_prune.training import divergence
 from peft_prune.training.divergence import token_divergence
 from peft_prune.training.teacher import as_base
@@ -317,6 +324,18 @@ def test_training_towards_the_base_comes_closer_to_it(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
     assert all(group["betas"] == (0.9, 0.99) for group in trainer.optimizer.param_groups)
+
+
+def test_a_model_without_masks_learns_from_a_teacher_too(tmp_path):
+    model = get_peft_model(make_llama(), LoraConfig(target_modules="all-linear"))
+    trainer = DistillationTrainer(
+        model, arguments(tmp_path), train_dataset=data(), teacher=make_llama(seed=3), distillation_alpha=0.4
+    )
+    ids = torch.randint(3, 90, (4, 9))
+    loss = trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids})
+    ours, theirs = (m(input_ids=ids).logits[:, :-1] for m in (model, make_llama(seed=3)))
+    task = F.cross_entropy(ours.flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(loss, 0.6 * task + 0.4 * kl(ours, theirs, 2.0).mean())
 
 
 def test_a_teacher_that_is_none_is_told(tmp_path):

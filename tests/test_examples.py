@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.data import hub, tokenizer
 from helpers.models import make_bert, make_llama
 from peft import PeftModel
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, DefaultFlowCallback
+
+from peft_prune import load_compact
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -136,6 +139,50 @@ def test_prune_language_model(options, tmp_path, monkeypatch, capsys):
     sparse = PeftModel.from_pretrained(make_llama(), tmp_path / "out").merge_and_unload()
     weight = sparse.model.layers[0].mlp.up_proj.weight
     assert (weight == 0).sum() * 2 == weight.numel()
+
+
+@pytest.mark.slow
+def test_prune_llm(tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("it was good film bad " * 400)
+    run = main_of("prune_llm", monkeypatch)
+    names = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    names += ["--length", "32", "--samples", "16", "--keep", "0.6"]
+    run([*names, "--steps", "20"])
+    dense, pruned, recovered = measured = re.findall(
+        r"([\d,]+) parameters; perplexity: .* ([\d.]+)", capsys.readouterr().out
+    )
+    assert int(pruned[0].replace(",", "")) < int(dense[0].replace(",", "")) and recovered[0] == pruned[0]
+    assert float(recovered[1]) < float(dense[1])  # a random model that has seen nothing, and one that has
+    run([*names, "--steps", "20"])  # nothing is left to do
+    assert re.findall(r"([\d,]+) parameters; perplexity: .* ([\d.]+)", capsys.readouterr().out) == measured
+    with pytest.raises(SystemExit, match="holds a run with other settings"):
+        run([*names, "--steps", "21"])
+    small = load_compact(tmp_path / "out" / "recovered")
+    assert sum(p.numel() for p in small.parameters()) == int(pruned[0].replace(",", ""))
+    run([*names, "--steps", "20", "--dense", "--output", str(tmp_path / "yardstick")])
+    assert "dense + LoRA: " + dense[0] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prune_llm_continues_where_it_was_stopped(tmp_path, monkeypatch):
+    main_of("prune_llm", monkeypatch)
+    recover = importlib.import_module("prune_llm").recover
+    rows = torch.randint(3, 90, (40, 12), generator=torch.Generator().manual_seed(0))
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 9:
+            raise KeyboardInterrupt
+
+    whole = recover(make_llama(), rows, tmp_path / "whole", make_llama(seed=1), steps=12)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DefaultFlowCallback, "on_step_begin", stop, raising=False)
+        recover(make_llama(), rows, tmp_path / "parts", make_llama(seed=1), steps=12)
+    for _ in range(2):  # to the end; and once more, where nothing is left to train
+        resumed = recover(make_llama(), rows, tmp_path / "parts", make_llama(seed=1), steps=12)
+        for key, value in whole.state_dict().items():
+            torch.testing.assert_close(resumed.state_dict()[key], value, msg=key)
 
 
 @pytest.mark.slow

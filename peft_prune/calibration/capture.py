@@ -8,13 +8,15 @@ batches go through the stand-ins, which cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 from torch import nn
+
+from .calls import Call, hidden_states, passing_on, replaced_forwards, split_arguments, without_states
 
 
 class Stop(Exception):
@@ -23,14 +25,6 @@ class Stop(Exception):
 
 class Repeated(Exception):
     """A block is called several times in a forward pass, so blocks do not follow each other."""
-
-
-@dataclass
-class Call:
-    """A call of a block: its other arguments; the hidden states are handed from block to block."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 def to_device(value: Any, device: Any) -> Any:
@@ -118,7 +112,7 @@ class _Recorder:
                 raise Repeated
             self.calls[i].append(self.held.once(call))
             if i:
-                self.put_out[i - 1] = _without_states(self.put_out[i - 1])
+                self.put_out[i - 1] = without_states(self.put_out[i - 1])
             else:
                 self.hidden.append(states.to("cpu", copy=True))  # a block may change its input in place
             if i == len(self.blocks) - 1 and not self.to_the_end:
@@ -131,15 +125,6 @@ class _Recorder:
             self.put_out[i] = output
 
         return note
-
-
-def hidden_states(output: Any) -> Any:
-    """Hidden states in what a block puts out."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _without_states(output: Any) -> Any:
-    return (None, *output[1:]) if isinstance(output, tuple) else None
 
 
 @dataclass
@@ -167,14 +152,6 @@ class _Held:
         return tensor
 
 
-def split_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
-    """Hidden states and the rest of a block's arguments."""
-    if args:
-        return args[0], Call(args[1:], kwargs)
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), Call((), rest)
-
-
 def _without_cache(model: nn.Module) -> dict[str, Any]:
     """Keys and values are not to be remembered from one run of a block to the next."""
     config = getattr(model, "config", None)
@@ -196,28 +173,9 @@ def _hands_on(model: nn.Module, blocks: list[nn.Module], batch: dict[str, torch.
     return all(_same((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in pairs)
 
 
-@contextmanager
-def _stand_ins(blocks: list[nn.Module], put_out: Optional[list[Any]]) -> Iterator[None]:
+def _stand_ins(blocks: list[nn.Module], put_out: Optional[list[Any]]) -> AbstractContextManager[None]:
     """Let blocks return the hidden states that come in, in the form of an output that was seen; `None`: as they are."""
-    before = [vars(block).get("forward") for block in blocks]  # Accelerate, for one, puts another one there
-    try:
-        for block, output in zip(blocks, put_out or [], strict=False):
-            block.forward = _passing_on(output)
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is not None:
-                block.forward = own
-            elif "forward" in vars(block):
-                del block.forward
-
-
-def _passing_on(output: Any) -> Any:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        states, _ = split_arguments(args, kwargs)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
-
-    return forward
+    return replaced_forwards({b: passing_on(o) for b, o in zip(blocks, put_out or [], strict=False)})
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -20,7 +20,8 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
-from .capture import Call, Repeated, Stop, capture, hidden_states, split_arguments, to_device
+from .calls import Call, hidden_states, split_arguments
+from .capture import Repeated, Stop, capture, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 from .place import device_of, moved
@@ -81,17 +82,17 @@ def walk(
     Raises:
         ValueError: there are no batches, they are no mappings, do not fit the model, or hold nothing but padding.
     """
-    with _quiet(model), torch.no_grad():
+    with quiet(model), torch.no_grad():
         if after_block is None:
             _in_one_pass(model, watched, batches, observer, num_samples)
             return
-        taken = list(_taken(model, batches, num_samples, torch.device("cpu")))
+        taken = list(taken_batches(model, batches, num_samples, torch.device("cpu")))
         check_counts([counts for _, counts in taken])
         warn_of_few_examples(sum(len(next(iter(inputs.values()))) for inputs, _ in taken), num_samples)
         _block_by_block(model, watched, taken, observer, after_block, device, manner)
 
 
-def _taken(
+def taken_batches(
     model: nn.Module, batches: Iterable[Any], num_samples: int, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], Counts]]:
     """Inputs and real tokens of batches, until there were enough examples."""
@@ -113,7 +114,8 @@ def _taken(
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode while the context lasts; then all is as it was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -194,7 +196,7 @@ def _in_one_pass(
 ) -> None:
     with _Watch(watched, observer) as watch, tqdm(desc="calibrate: run the model", unit="example") as bar:
         bar.total = num_samples
-        for inputs, counts in _taken(model, batches, num_samples, device_of(model)):
+        for inputs, counts in taken_batches(model, batches, num_samples, device_of(model)):
             watch.run(counts, partial(model, **inputs))
             examples = len(next(iter(inputs.values())))
             if not bar.n:

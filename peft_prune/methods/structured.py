@@ -8,18 +8,21 @@ from typing import Optional
 from peft.utils import PeftType
 
 from ..calibrated_config import UnitsConfig
-from ..config_checks import check_choice, check_number
+from ..config_checks import check_choice, check_number, check_whole
 from ..importance.output_loss import CRITERIA as LOSSES
 from ..importance.output_loss import OutputLoss
 from ..importance.similarity import Similarity
 from ..importance.units import UnitImportance
+from ..importance.whole_blocks import BlockInfluence, BlockLoss
 from ..recipe import Moment, Recipe
 from ..rules.budget import Budget
+from ..rules.whole_layers import WholeLayers
 from ..structure.flops import BUDGETS
 from ..tuner.registration import register_method
 from ..tuner.units import UnitPruningModel
 
 
+BLOCKS = {"loss": BlockLoss, "influence": BlockInfluence}
 CRITERIA = (*LOSSES, "similarity", "magnitude", "random")
 
 
@@ -48,6 +51,15 @@ class StructuredPruningConfig(UnitsConfig):
             How much more is taken from neurons than from heads; by default heads and neurons are in one list.
         min_share (`float`):
             Share of the heads and of the neurons of each layer that stays in any case; at least one does.
+        keep_layers (`int`, *optional*):
+            Number of layers (blocks) that stay; the others are removed as a whole, never the first. They count towards
+            `keep_ratio`: what they leave of the budget is met by heads and neurons, so `keep_ratio=1.0` removes layers
+            only. For models with one stack of blocks and their norms before attention and feed-forward.
+        layer_criterion (`str`):
+            `"loss"`: one layer after the other, the one without which the model's answers change least (KL divergence
+            from the dense model). `"influence"`: those that change the direction of hidden states least (ShortGPT).
+        layer_samples (`int`):
+            Number of examples that layers are chosen on.
         sequence_length (`int`):
             Tokens of the sequence that FLOPs are counted for.
         damping (`float`):
@@ -80,6 +92,9 @@ class StructuredPruningConfig(UnitsConfig):
     )
     min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that stays."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
+    keep_layers: Optional[int] = field(default=None, metadata={"help": "Layers that stay; None: all of them."})
+    layer_criterion: str = field(default="loss", metadata={"help": "Which layers go, by 'loss' or by 'influence'."})
+    layer_samples: int = field(default=4, metadata={"help": "Examples that layers are chosen on."})
 
     def __post_init__(self, density: Optional[float] = None):
         check_choice("budget", self.budget, BUDGETS)
@@ -90,12 +105,20 @@ class StructuredPruningConfig(UnitsConfig):
         if self.lambda_ffn is not None:
             check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "P-pruning's paper uses 5; None is one list.")
 
+        if self.keep_layers is not None:
+            check_whole("keep_layers", self.keep_layers, 1)
+        check_choice("layer_criterion", self.layer_criterion, tuple(BLOCKS))
+        check_whole("layer_samples", self.layer_samples, 1)
+
     def recipe(self) -> Recipe:
         """The loss of the output; a budget over the model; weights that stay are repaired; at calibration."""
         importance: UnitImportance = Similarity(self.criterion, seed=self.seed)
         if self.criterion in LOSSES:
             importance = OutputLoss(self.criterion, self.repair, self.damping, self.seed)
-        rule = Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, self.budget, self.min_share)
+        layers = None
+        if self.keep_layers is not None:
+            layers = WholeLayers(self.keep_layers, BLOCKS[self.layer_criterion](), self.layer_samples)
+        rule = Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, self.budget, self.min_share, layers)
         return Recipe(importance, rule, self.kept_weights(), Moment.CALIBRATION)
 
 

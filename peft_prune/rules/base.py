@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -34,6 +34,8 @@ class Rule:
     needs_weights: ClassVar[bool] = False
     # whether whole heads or neurons may go, so that merging makes the model smaller
     structured: ClassVar[bool] = False
+    # whether it looks at calibration data itself, whatever the importance does
+    reads_activations: bool = False
     # whether the zeros of a mask may cut through its units
     cuts_units: ClassVar[bool] = False
 
@@ -70,6 +72,17 @@ class Rule:
 
     def check(self, model: Any, name: str, layers: list[Any]) -> None:
         """Raise `ValueError` if what is to be chosen later cannot be chosen in this model."""
+
+    def check_base(self, model: Any, modules: Collection[str]) -> None:
+        """Raise `ValueError` if it cannot be kept to in this base model, when an adapter for these modules is made."""
+
+    def removed_first(self, model: Any, name: str, layers: list[Any], batches: Any) -> set[str]:
+        """Layers of which nothing stays, chosen by themselves before others are looked at: names of modules."""
+        return set()
+
+    def removes_more(self, model: Any, name: str, layers: list[Any]) -> bool:
+        """Whether anything has to go beside what the masks in force have removed."""
+        return True
 
     def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The mask of one layer at calibration, and new values (float, shape (out, in)) if the rule finds any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from ..structure.budget import Plan, choose_units
 from ..structure.flops import unit_cost, unit_macs, unit_parameters
 from ..structure.sites import HEADS, Site, find_sites
 from .base import Rule
+from .whole_layers import WholeLayers
 
 
 _COUNTED = {"flops": "FLOPs", "parameters": "parameters"}
@@ -33,6 +35,7 @@ class Budget(Rule):
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
         budget (`str`): what is counted, `"flops"` or `"parameters"`.
         min_share (`float`): share of the units of each layer that stays in any case; at least one does.
+        layers ([`WholeLayers`], *optional*): blocks that go as a whole, before the rest of the budget is met.
     """
 
     keep_ratio: float = 0.5
@@ -40,6 +43,7 @@ class Budget(Rule):
     sequence_length: int = 128
     budget: str = "flops"
     min_share: float = 0.0
+    layers: Optional[WholeLayers] = None
 
     finds_sparsity = True
     structured = True
@@ -49,11 +53,50 @@ class Budget(Rule):
     @property
     def label(self) -> str:  # type: ignore[override]
         """In words."""
-        return f"{_COUNTED[self.budget]} budget over heads and neurons of the model"
+        what = "heads and neurons" if self.layers is None else "layers, heads and neurons"
+        return f"{_COUNTED[self.budget]} budget over {what} of the model"
+
+    @property
+    def reads_activations(self) -> bool:  # type: ignore[override]
+        """Whether blocks are chosen by calibration data."""
+        return self.layers is not None
+
+    def check_base(self, model: Any, modules: Collection[str]) -> None:
+        """Raise `ValueError` if whole blocks have to go and cannot."""
+        if self.layers is not None:
+            self.layers.candidates(model, modules)
+
+    def removed_first(self, model: Any, name: str, layers: list[Any], batches: Any) -> set[str]:
+        """Layers of the blocks that go as a whole."""
+        if self.layers is None:
+            return set()
+        outputs = {site.output: module for module, site in sites_of(model, layers).items()}
+        return {outputs[output] for output in self.layers.removed(model, outputs, batches)}
+
+    def removes_more(self, model: Any, name: str, layers: list[Any]) -> bool:
+        """Whether the blocks that are gone leave anything to do."""
+        sites = sites_of(model, layers)
+        costs = {module: site.units * self._cost(model, site) for module, site in sites.items()}
+        gone = sum(costs[layer.module_name] for layer in layers if not layer.get_mask(name).any())
+        return gone < math.floor((1 - self.keep_ratio) * sum(costs.values()))
+
+    def _cost(self, model: Any, site: Site) -> int:
+        return unit_cost(model, site, self.budget, self.sequence_length)
 
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
-        """Masks (bool, (out, in)) by module name: columns of removed units are `False`."""
+        """Masks (bool, (out, in)) by module name: columns of removed units are `False`.
+
+        A layer whose mask keeps nothing is gone, and counts as removed.
+        """
         sites = sites_of(model, layers)
+        masks = {layer.module_name: layer.get_mask(name) for layer in layers}
+        if not self.removes_more(model, name, layers):
+            return masks
+        removed = 0
+        for layer in layers:
+            if not masks[layer.module_name].any():
+                site = sites.pop(layer.module_name)
+                removed += site.units * self._cost(model, site)
         importance = layers[0].host[name].recipe.importance
         generator = torch.Generator().manual_seed(importance.seed)
         plans = []
@@ -61,16 +104,16 @@ class Budget(Rule):
         for module, site in bar:
             heights, order = importance.order(model, site, (seen or {}).get(module), generator)
             plans.append(self._plan(model, site, heights, order, importance.comparable))
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget]))
-        masks = {}
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget], removed))
         for layer in layers:
-            site = sites[layer.module_name]
-            masks[layer.module_name] = _columns(layer, site.columns[kept[site.output]])
+            if layer.module_name in sites:
+                site = sites[layer.module_name]
+                masks[layer.module_name] = _columns(layer, site.columns[kept[site.output]])
         return masks
 
     def _plan(self, model: Any, site: Site, heights: np.ndarray, order: np.ndarray, comparable: bool) -> Plan:
         """What may go, at heights that can be compared."""
-        cost = unit_cost(model, site, self.budget, self.sequence_length)
+        cost = self._cost(model, site)
         most = site.units - max(1, math.ceil(self.min_share * site.units))
         if comparable:
             heights = heights / cost
@@ -92,7 +135,7 @@ class Budget(Rule):
 
     def shares(self, model: Any, name: str, layers: list[Any]) -> dict[str, float]:
         """Shares that stay: `flops`, `parameters`, `heads` and `neurons`."""
-        totals = {key: [0, 0] for key in ("flops", "parameters", "heads", "neurons")}
+        totals: dict[str, list[int]] = {key: [0, 0] for key in ("flops", "parameters", "heads", "neurons")}
         sites = sites_of(model, layers)
         for layer in layers:
             site = sites[layer.module_name]

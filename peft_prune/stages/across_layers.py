@@ -40,8 +40,17 @@ def choose_across_layers(
     """
     layers = list(by_path.values())
     recipe, config = layers[0].host[name].recipe, layers[0].config(name)
-    if recipe.update.fits:
+    if recipe.update.fits or recipe.rule.reads_activations:
         batches = first_examples(batches, config.num_samples)
+    gone = recipe.rule.removed_first(model, name, layers, batches)
+    for layer in layers:
+        layer.cached_weight.clear()
+        if layer.module_name in gone:
+            layer.set_bits(name, torch.zeros(layer.shape, dtype=torch.bool, device=layer.weight.device))
+    if not recipe.rule.removes_more(model, name, layers):
+        return {}
+    by_path = {path: layer for path, layer in by_path.items() if layer.module_name not in gone}
+    watched = {path: watched[path] for path in by_path}
     sites = {site.output: site for site in find_sites(model)}
     seen = None
     if recipe.importance.reads_activations:

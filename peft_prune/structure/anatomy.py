@@ -72,6 +72,9 @@ class Block:
         feed_forwards (`tuple[FeedForward, ...]`): feed-forward networks of a block.
         repeats (`str`): for shared blocks, the config's field that says how many times they run in all.
         decoder (`bool`): whether the blocks see the decoder's tokens in an encoder-decoder model.
+        prenorm (`bool` or `str`): whether the norms come before attentions and feed-forward networks, so that a block
+            whose attentions and networks put out nothing hands on what comes in, and can be removed as a whole. Or the
+            config's field that says so.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Block:
     feed_forwards: tuple[FeedForward, ...]
     repeats: str = ""
     decoder: bool = False
+    prenorm: bool | str = False
 
 
 Anatomy = tuple[Block, ...]

@@ -73,11 +73,12 @@ register_anatomy(
 
 register_anatomy(
     "modernbert",
-    Block("layers.*", (_fused("attn", "Wqkv", "Wo"),), (FeedForward(("mlp.Wi",), "mlp.Wo", fused=2),)),
+    Block("layers.*", (_fused("attn", "Wqkv", "Wo"),), (FeedForward(("mlp.Wi",), "mlp.Wo", fused=2),), prenorm=True),
 )
 
 register_anatomy(
-    "gpt2", Block("h.*", (_fused("attn", "c_attn", "c_proj"),), (FeedForward(("mlp.c_fc",), "mlp.c_proj"),))
+    "gpt2",
+    Block("h.*", (_fused("attn", "c_attn", "c_proj"),), (FeedForward(("mlp.c_fc",), "mlp.c_proj"),), prenorm=True),
 )
 
 register_anatomy(
@@ -86,6 +87,7 @@ register_anatomy(
         "decoder.layers.*",
         (_separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.out_proj"),),
         (FeedForward(("fc1",), "fc2"),),
+        prenorm="do_layer_norm_before",
     ),
 )
 
@@ -95,6 +97,7 @@ register_anatomy(
         "layers.*",
         (_fused("attention", "query_key_value", "dense", layout="interleaved"),),
         (FeedForward(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),),
+        prenorm=True,
     ),
 )
 
@@ -102,6 +105,7 @@ _LLAMA = Block(
     "layers.*",
     (_separate("self_attn", "q_proj", "k_proj", "v_proj", "self_attn.o_proj"),),
     (FeedForward(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),),
+    prenorm=True,
 )
 for _name in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text"):
     register_anatomy(_name, _LLAMA)
@@ -112,6 +116,7 @@ register_anatomy(
         "h.*",
         (_separate("attn", "q_proj", "k_proj", "v_proj", "attn.out_proj"),),
         (FeedForward(("mlp.fc_in",), "mlp.fc_out"),),
+        prenorm=True,
     ),
 )
 
@@ -157,5 +162,6 @@ register_anatomy(
         "layers.*",
         (_separate("attention", "q_proj", "k_proj", "v_proj", "attention.o_proj"),),
         (FeedForward(("mlp.fc1",), "mlp.fc2"),),
+        prenorm=True,
     ),
 )

@@ -31,7 +31,7 @@ class Plan:
 
 
 def choose_units(
-    plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[float], what: str = "FLOPs"
+    plans: Sequence[Plan], keep_ratio: float, lambda_ffn: Optional[float], what: str = "FLOPs", removed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Choose the units that stay: those below one height go, the lowest height that meets the budget.
 
@@ -40,9 +40,10 @@ def choose_units(
 
     Args:
         plans (`Sequence[Plan]`): a plan for each site.
-        keep_ratio (`float`): share of the cost of these sites that stays.
+        keep_ratio (`float`): share of the cost that stays, of these sites and of what was removed before.
         lambda_ffn (`float`, *optional*): λ, how much more is taken from neurons than from heads.
         what (`str`): what costs are counted in, for the error.
+        removed (`int`): cost of what was removed before.
 
     Returns:
         `dict[str, torch.Tensor]`: for each site by the name of its output the units that stay: int64, ascending. Their
@@ -51,16 +52,16 @@ def choose_units(
     Raises:
         ValueError: so few units cannot be reached.
     """
-    total = sum(plan.cost * plan.site.units for plan in plans)
+    total = removed + sum(plan.cost * plan.site.units for plan in plans)
     kinds: list[list[Plan]] = [list(plans)]
     if lambda_ffn is not None:
         kinds = [[p for p in plans if p.site.kind == HEADS], [p for p in plans if p.site.kind != HEADS]]
     most = [sum(p.cost * len(p.order) for p in kind) for kind in kinds]
-    wanted = (1.0 - keep_ratio) * total
+    wanted = max(0.0, (1.0 - keep_ratio) * total - removed)
     if wanted > sum(most) + 0.5:
         raise ValueError(
             f"keep_ratio={keep_ratio!r} cannot be reached: with the units that every layer keeps, "
-            f"{1 - sum(most) / total:.4f} of the {what} remain. Use a larger keep_ratio, or a smaller "
+            f"{1 - (sum(most) + removed) / total:.4f} of the {what} remain. Use a larger keep_ratio, or a smaller "
             "min_share where it is set."
         )
     goals = [wanted]

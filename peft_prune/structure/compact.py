@@ -1,17 +1,17 @@
-"""Saving and loading models from which heads and neurons were taken out."""
+"""Saving and loading models from which heads, neurons and whole layers were taken out."""
 
 from __future__ import annotations
 
 import os
 from typing import Any, Optional
 
-import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _get_model_class
 
 from .anatomy import Anatomy
+from .depth import find_stack, has_stack
 from .record import FIELD, read_record
 from .seal import SEAL, check_seal
 from .shrink import keep_units
@@ -89,14 +89,13 @@ def load_compact(
             "from_pretrained."
         )
     setattr(config, SEAL, None)  # of these files, and not of what is saved next
-    kept = {key: read_record(entry) for key, entry in record.items()}
-    sizes = {key: entry["units"] for key, entry in record.items()}
+    for entry in record.values():
+        read_record(entry)  # raises
     original = _resolve_class(config, model_class)
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **init_kwargs: Any) -> None:
         original.__init__(self, config, *args, **init_kwargs)
-        setattr(config, FIELD, None)  # written anew by keep_units
-        _keep_recorded(self, kept, sizes, anatomy)
+        _keep_recorded(self, record, anatomy)
 
     # Transformers' own loading (shards, devices, dtypes, Hub) into a model that is compact from the start
     compact: Any = type(original.__name__, (original,), {"__init__": init, "__module__": original.__module__})
@@ -122,15 +121,27 @@ def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTraine
     return found
 
 
-def _keep_recorded(
-    model: nn.Module, kept: dict[str, torch.Tensor], sizes: dict[str, int], anatomy: Optional[Anatomy]
-) -> None:
+def _keep_recorded(model: nn.Module, record: dict[str, Any], anatomy: Optional[Anatomy]) -> None:
+    """Make a model of the dense sizes compact, by the record of one that is."""
     sites = {site.key: site for site in find_sites(model, anatomy)}
-    for key, units in sizes.items():
-        if key not in sites or sites[key].units != units:
-            there = f"has {sites[key].units}" if key in sites else "is not there"
-            raise ValueError(
-                f"{FIELD}: the record is of {units} units at {key!r}, which {there} in {type(model).__name__}. The "
-                "model's config.json is damaged, or `model_class` is the wrong one."
-            )
-    keep_units(model, {sites[key].output: units for key, units in kept.items()}, anatomy)
+    stack = find_stack(model, anatomy) if has_stack(model, anatomy) else None
+    kept, of_stack = {}, {}
+    for key, entry in record.items():
+        units = read_record(entry)
+        if stack is not None and key == stack.key:
+            _check(key, "kept layers", len(units), len(stack.blocks), model)
+            of_stack[key] = entry
+        else:
+            _check(key, "units", entry["units"], sites[key].units if key in sites else None, model)
+            kept[sites[key].output] = units
+    setattr(model.config, FIELD, of_stack)  # the rest is written anew
+    keep_units(model, kept, anatomy)
+
+
+def _check(key: str, what: str, recorded: int, found: Optional[int], model: nn.Module) -> None:
+    if recorded != found:
+        there = "is not there" if found is None else f"has {found}"
+        raise ValueError(
+            f"{FIELD}: the record is of {recorded} {what} at {key!r}, which {there} in {type(model).__name__}. The "
+            "model's config.json is damaged, or `model_class` is the wrong one."
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Optional
 
 import numpy as np
 import torch
+from torch import nn
 
 
 FIELD = "peft_prune_structure"  # of the model's config
@@ -44,3 +46,21 @@ def read_record(record: Any) -> torch.Tensor:
     if not bits[:units].any() or bits[units:].any():
         raise ValueError(f"{FIELD}: a record keeps no unit, or one that was never there. config.json is damaged.")
     return torch.from_numpy(bits[:units].nonzero()[0])
+
+
+def change_config(model: nn.Module, **fields: Any) -> None:
+    """Give a model a config of its own with other fields: other models may have been made from the same one.
+
+    Args:
+        model (`nn.Module`): the model; of a model without a config nothing is recorded.
+        **fields: what is set, for instance the record.
+    """
+    shared: Any = getattr(model, "config", None)
+    if shared is None:
+        return
+    own = copy.deepcopy(shared)
+    for name, value in fields.items():
+        setattr(own, name, value)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own

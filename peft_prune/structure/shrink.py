@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Optional, cast
 
@@ -11,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .anatomy import Anatomy
-from .record import FIELD, write_record
+from .depth import find_stack, has_stack, remove_blocks
+from .record import FIELD, change_config, write_record
 from .sites import HEADS, Site, find_sites, linear_matrix
 
 
@@ -52,8 +52,10 @@ def removable_units(
 def shrink(model: nn.Module, anatomy: Optional[Anatomy] = None) -> nn.Module:
     """Take out, in place, every head and neuron that contributes nothing; what the model computes stays the same.
 
-    What was removed is recorded in the model's config, so that [`save_compact`] and [`load_compact`] work. A layer that
-    would lose all its heads or neurons keeps the first one, whose output is zero.
+    A block in which no unit is left is removed as a whole where that changes nothing: in models with one stack of
+    blocks and their norms before attention and feed-forward, except the first block. Otherwise a layer that would lose
+    all its heads or neurons keeps the first one, whose output is zero. What was removed is recorded in the model's
+    config, so that [`save_compact`] and [`load_compact`] work.
 
     Args:
         model (`nn.Module`): a model without tuner layers, such as `merge_and_unload()` returns.
@@ -61,13 +63,20 @@ def shrink(model: nn.Module, anatomy: Optional[Anatomy] = None) -> nn.Module:
             `model.config.model_type`.
 
     Returns:
-        `nn.Module`: the model.
+        `nn.Module`: the same model.
 
     Raises:
         ValueError: the architecture is not known.
     """
-    kept = {site.output: (~removable_units(model, site)).nonzero().flatten() for site in find_sites(model, anatomy)}
-    return keep_units(model, kept, anatomy)
+    sites = find_sites(model, anatomy)
+    kept = {site.output: (~removable_units(model, site)).nonzero().flatten() for site in sites}
+    empty: list[str] = []
+    if has_stack(model, anatomy):
+        blocks = find_stack(model, anatomy).blocks[1:]
+        empty = [name for name in blocks if not any(len(kept[s.output]) for s in sites if s.block == name)]
+    gone = {site.output for site in sites if site.block in empty}
+    keep_units(model, {name: units for name, units in kept.items() if name not in gone}, anatomy)
+    return remove_blocks(model, empty, anatomy) if empty else model
 
 
 def keep_units(model: nn.Module, kept: Mapping[str, torch.Tensor], anatomy: Optional[Anatomy] = None) -> nn.Module:
@@ -101,18 +110,9 @@ def keep_units(model: nn.Module, kept: Mapping[str, torch.Tensor], anatomy: Opti
             left = _remove(model, sites[name], units.cpu())
             key = sites[name].key
             record[key] = write_record(record.get(key), left, sites[name].units)
-    if record and hasattr(model, "config"):
-        _set_record(model, record)
+    if record:
+        change_config(model, **{FIELD: record})
     return model
-
-
-def _set_record(model: nn.Module, record: dict[str, Any]) -> None:
-    """Put the record into a config of the model's own: other models may have been made from the same one."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    setattr(own, FIELD, record)
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
 
 
 def _remove(model: nn.Module, site: Site, units: torch.Tensor) -> torch.Tensor:

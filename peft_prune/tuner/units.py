@@ -74,6 +74,8 @@ class UnitPruningModel(PruningModel):
                 f"target_modules: {others[0]!r} ({len(others)} such modules) is not where heads or neurons end, which "
                 f"is all that this method can remove. Take it out; {sorted(outputs)[0]!r} is one that can be pruned."
             )
+        if not peft_config.finalized:
+            peft_config.recipe().rule.check_base(model, self._find_targets(peft_config, model))
         super()._prepare_model(peft_config, model)
 
     def _granularities(self, config: Any, targets: Mapping[str, PruningLayer]) -> dict[str, Granularity]:

@@ -70,6 +70,10 @@ ARCHITECTURES = {
         hf.AutoModelForImageClassification,
     ),
 }
+# from which an empty block is removed as a whole
+PRENORM = (
+    "modernbert", "gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gptj", "vit",
+)  # fmt: skip
 GENERATE = [name for name, (_, auto) in ARCHITECTURES.items() if auto not in (_CLASSIFIER, ARCHITECTURES["vit"][1])]
 
 
@@ -114,7 +118,7 @@ def logits(model, batch):
 
 
 def zero_some(model, seed=0):
-    """Remove 40 % of the units, all heads of one layer and all neurons of another; say how many are left."""
+    """Remove 40 % of the units, and all of the second block; say how many are left."""
     generator = torch.Generator().manual_seed(seed)
     left = {"heads": 0, "neurons": 0}
     for i, site in enumerate(find_sites(model)):
@@ -122,7 +126,8 @@ def zero_some(model, seed=0):
         if i in (2, 3):  # heads and neurons of the second block
             gone[:] = True
         zero_units(model, site, gone)
-        left[site.kind] += max(1, int((~gone).sum()))  # of a layer that loses all, one stays
+        # of a layer that loses all, one stays, unless the block goes
+        left[site.kind] += max(int(model.config.model_type not in PRENORM), int((~gone).sum()))
     return left
 
 
