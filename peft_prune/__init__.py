@@ -34,6 +34,7 @@ from .structure.compact import load_compact, save_compact
 from .structure.flops import ModelSize, model_size
 from .structure.seal import seal_when_saved
 from .structure.shrink import shrink
+from .structure.standard import save_standard
 from .trained_config import TrainedConfig
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
@@ -96,6 +97,7 @@ __all__ = [
     "prune_once",
     "register_anatomy",
     "save_compact",
+    "save_standard",
     "shrink",
     "update_schedule",
     "use_dense_kernels",
