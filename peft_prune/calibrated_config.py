@@ -15,6 +15,7 @@ from .config_checks import (
     check_whole,
 )
 from .storage.values import VALUE_DTYPES
+from .structure.shapes import SHAPES, Shapes
 from .updates.base import Keep, Update
 from .updates.low_rank import LowRank
 from .updates.rewrite import Repair
@@ -101,6 +102,10 @@ class UnitsConfig(CalibratedConfig):
     Args:
         keep_ratio (`float`): share of the cost of attentions and feed-forward networks that stays, in (0, 1].
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
+        shapes (`str`):
+            `"free"`: each layer keeps as many heads and neurons as their importance says. `"uniform"`: all layers keep
+            as many, so that [`peft_prune.save_standard`] writes a model that Transformers loads by itself.
+        multiple_of (`int`): the neurons that a layer keeps are a multiple of it, such as 64 for tensor cores.
         repair (`bool`):
             Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
             The adapter then holds new values, and not only a mask.
@@ -118,6 +123,8 @@ class UnitsConfig(CalibratedConfig):
     repair: bool = field(default=False, metadata={"help": "Whether weights that stay make up for what is removed."})
     damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
     value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
+    shapes: str = field(default="free", metadata={"help": "'free', or 'uniform': all layers keep as many."})
+    multiple_of: int = field(default=1, metadata={"help": "Neurons of a layer are a multiple of it."})
     granularity = "column"  # heads and neurons are columns of a matrix
     budget = "flops"  # what the cost is
 
@@ -137,6 +144,12 @@ class UnitsConfig(CalibratedConfig):
                 "out, or use repair=True."
             )
         check_whole("sequence_length", self.sequence_length, 1)
+        check_choice("shapes", self.shapes, SHAPES)
+        check_whole("multiple_of", self.multiple_of, 1)
+
+    def kept_shapes(self) -> Shapes:
+        """How many units layers may keep."""
+        return Shapes(self.shapes, self.multiple_of)
 
     def kept_weights(self) -> Update:
         """What happens to the weights that stay."""

@@ -8,10 +8,10 @@ import torch
 from helpers import architectures
 from helpers.data import tokenizer
 from helpers.models import make_llama
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_prune import StructuredPruningConfig, calibrate, save_standard
+from peft_prune import PPruningConfig, StructuredPruningConfig, calibrate, save_standard
 from peft_prune.structure.record import FIELD
 from peft_prune.structure.shrink import keep_units
 from peft_prune.structure.sites import HEADS, find_sites
@@ -60,9 +60,7 @@ def many_heads():
 
 
 CASES = {name: lambda name=name: keep_some(architectures.make(name)) for name in architectures.ARCHITECTURES}
-CASES |= {
-    f"{name}, heads": lambda name=name: keep_some(architectures.make(name), 1) for name in (*FREE_HEADS, "llama")
-}
+CASES |= {f"{name}, heads": lambda name=name: keep_some(architectures.make(name), 1) for name in (*FREE_HEADS, "llama")}
 CASES |= {
     "llama as mistral": lambda: keep_some(many_heads(), 3),
     "bfloat16": lambda: keep_some(many_heads().bfloat16(), 3),
@@ -118,6 +116,22 @@ def test_a_tokenizer_and_a_generation_config_go_along(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.max_new_tokens == 3 and (tmp_path / "tokenizer_config.json").exists()
     assert loaded.generate(torch.tensor([[5, 6]]), do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize("config", [StructuredPruningConfig, PPruningConfig])
+def test_uniform_shapes_are_what_it_takes(config, tmp_path):
+    fields = {"task_type": "CAUSAL_LM", "keep_ratio": 0.6, "sequence_length": 12, "repair": True, "num_samples": 4}
+    model = get_peft_model(many_heads(), config(**fields, shapes="uniform", multiple_of=8))
+    ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    assert 0.4 < calibrate(model, [{"input_ids": ids}])["flops"] <= 0.6
+    model.save_pretrained(tmp_path / "adapter")
+    smaller = PeftModel.from_pretrained(many_heads(), tmp_path / "adapter").merge_and_unload()
+    config = save_standard(smaller, tmp_path / "model")
+    assert config.intermediate_size % 8 == 0 and config.intermediate_size < 48
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(ids).logits, smaller(ids).logits)
+    with_lora = get_peft_model(loaded, LoraConfig(target_modules="all-linear"))  # an ordinary model in every way
+    with_lora(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_whole_layers_that_are_gone(tmp_path):

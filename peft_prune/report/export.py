@@ -15,6 +15,7 @@ import transformers
 from peft import PeftModel
 
 from ..structure.record import FIELD
+from ..structure.standard import save_standard
 from .adapter_file import AdapterFile
 
 
@@ -131,7 +132,8 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         adapter ([`AdapterFile`]): the adapter.
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
         to (`str`): `"dense"`, a Transformers model with zeros in it, `"compact"`, one without the heads and neurons
-            that are gone, for [`load_compact`], or `"onnx"`, the same in onnxruntime's form.
+            that are gone, for [`load_compact`], `"transformers"`, the same as an ordinary checkpoint with a tokenizer,
+            see [`save_standard`], or `"onnx"`, in onnxruntime's form.
         output (`str`): folder to write.
 
     Returns:
@@ -148,7 +150,7 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
     # an ONNX file needs no anatomy: it is made smaller if the method removes heads and neurons, and not otherwise
-    shrink = {"dense": False, "compact": True}.get(to)
+    shrink = {"dense": False, "compact": True, "transformers": True}.get(to)
     loaded, random = load_with_base(adapter, base)
     if random:
         raise ValueError(
@@ -157,15 +159,28 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
             "or name these modules in modules_to_save, so that the adapter holds them."
         )
     model = cast(Any, loaded).merge_and_unload(safe_merge=True, shrink=shrink).eval()
-    if to == "compact" and not getattr(model.config, FIELD, None):
+    if to in ("compact", "transformers") and not getattr(model.config, FIELD, None):
         raise ValueError(
             "No head and no neuron of this model is without weights, so it cannot be made smaller. Use --to dense."
         )
     Path(output).mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         return export_onnx(model, Path(output) / "model.onnx")
-    model.save_pretrained(output)
+    if to == "transformers":
+        save_standard(model, output, _tokenizer([str(adapter.source), base or adapter.config.base_model_name_or_path]))
+    else:
+        model.save_pretrained(output)
     return output
+
+
+def _tokenizer(sources: list[Optional[str]]) -> Any:
+    """The tokenizer that lies beside an adapter, or else beside its base model; `None` if there is none."""
+    for source in filter(None, sources):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
 
 
 def check_output(output: str, sources: list[Optional[str]]) -> None:

@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from ..layers.sharding import agreed
 from ..structure.budget import Plan, choose_units
 from ..structure.flops import unit_cost, unit_macs, unit_parameters
+from ..structure.shapes import FREE, Shapes
 from ..structure.sites import HEADS, Site, find_sites
 from .base import Rule
 from .whole_layers import WholeLayers
@@ -36,6 +37,7 @@ class Budget(Rule):
         budget (`str`): what is counted, `"flops"` or `"parameters"`.
         min_share (`float`): share of the units of each layer that stays in any case; at least one does.
         layers ([`WholeLayers`], *optional*): blocks that go as a whole, before the rest of the budget is met.
+        shapes ([`Shapes`]): whether layers may keep different numbers of units.
     """
 
     keep_ratio: float = 0.5
@@ -44,6 +46,7 @@ class Budget(Rule):
     budget: str = "flops"
     min_share: float = 0.0
     layers: Optional[WholeLayers] = None
+    shapes: Shapes = FREE
 
     finds_sparsity = True
     structured = True
@@ -104,7 +107,8 @@ class Budget(Rule):
         for module, site in bar:
             heights, order = importance.order(model, site, (seen or {}).get(module), generator)
             plans.append(self._plan(model, site, heights, order, importance.comparable))
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget], removed))
+        what = _COUNTED[self.budget]
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, what, removed, self.shapes))
         for layer in layers:
             if layer.module_name in sites:
                 site = sites[layer.module_name]
