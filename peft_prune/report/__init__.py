@@ -2,6 +2,7 @@
 
 from .adapter_file import AdapterFile, read_adapter
 from .card import write_model_card
+from .gguf import save_gguf
 from .methods import methods_table
 from .plots import plot_density, plot_units
 from .scores import plot_scores
@@ -21,6 +22,7 @@ __all__ = [
     "plot_training",
     "plot_units",
     "read_adapter",
+    "save_gguf",
     "summary_table",
     "training_curves",
     "units_alive",

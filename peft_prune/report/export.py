@@ -17,6 +17,7 @@ from peft import PeftModel
 from ..structure.record import FIELD
 from ..structure.standard import save_standard
 from .adapter_file import AdapterFile
+from .gguf import save_gguf
 
 
 _CLASSES = {
@@ -133,7 +134,7 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
         to (`str`): `"dense"`, a Transformers model with zeros in it, `"compact"`, one without the heads and neurons
             that are gone, for [`load_compact`], `"transformers"`, the same as an ordinary checkpoint with a tokenizer,
-            see [`save_standard`], or `"onnx"`, in onnxruntime's form.
+            see [`save_standard`], `"gguf"`, llama.cpp's form, see [`save_gguf`], or `"onnx"`, onnxruntime's.
         output (`str`): folder to write.
 
     Returns:
@@ -145,11 +146,11 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         ImportError: a package that the export needs is not installed.
     """
     check_output(output, [base, adapter.config.base_model_name_or_path, adapter.source])
-    if to == "onnx" and importlib.util.find_spec("onnx") is None:  # told before any work
-        raise ImportError("--to onnx needs the package onnx, which is not installed: pip install 'peft_prune[onnx]'")
+    if to in ("onnx", "gguf") and importlib.util.find_spec(to) is None:  # told before any work
+        raise ImportError(f"--to {to} needs the package {to}, which is not installed: pip install 'peft_prune[{to}]'")
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
-    # an ONNX file needs no anatomy: it is made smaller if the method removes heads and neurons, and not otherwise
+    # ONNX and GGUF files need no anatomy: the model is made smaller if the method removes heads and neurons, and not otherwise
     shrink = {"dense": False, "compact": True, "transformers": True}.get(to)
     loaded, random = load_with_base(adapter, base)
     if random:
@@ -166,8 +167,11 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
     Path(output).mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         return export_onnx(model, Path(output) / "model.onnx")
+    tokenizer = _tokenizer([adapter.source, base or adapter.config.base_model_name_or_path])
+    if to == "gguf":
+        return str(save_gguf(model, Path(output) / "model.gguf", tokenizer))
     if to == "transformers":
-        save_standard(model, output, _tokenizer([str(adapter.source), base or adapter.config.base_model_name_or_path]))
+        save_standard(model, output, tokenizer)
     else:
         model.save_pretrained(output)
     return output
