@@ -207,6 +207,21 @@ def test_export_to_transformers(tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "small").vocab_size == tokenizer().vocab_size
 
 
+def test_export_to_gguf(tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    make_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = {"task_type": "CAUSAL_LM", "keep_ratio": 0.6, "criterion": "magnitude", "repair": False}
+    model = get_peft_model(base, StructuredPruningConfig(**fields))
+    calibrate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    path = run(capsys, "export", tmp_path / "adapter", "--to", "gguf", "--output", tmp_path / "out").out.strip()
+    sizes = {t.name: tuple(t.shape) for t in gguf.GGUFReader(path).tensors}
+    smaller = model.merge_and_unload()
+    for i, layer in enumerate(smaller.model.layers):
+        assert sizes[f"blk.{i}.ffn_down.weight"] == tuple(layer.mlp.down_proj.weight.T.shape)
+
+
 def test_export_compact_of_a_mask_that_leaves_no_unit_empty(saved, capsys):
     folder, _ = saved
     arguments = ("export", folder / "adapter", "--to", "compact", "--output", folder / "compact")

@@ -150,7 +150,7 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         raise ImportError(f"--to {to} needs the package {to}, which is not installed: pip install 'peft_prune[{to}]'")
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
-    # ONNX and GGUF files need no anatomy: the model is made smaller if the method removes heads and neurons, and not otherwise
+    # ONNX and GGUF files need no anatomy: the model is made smaller if the method removes units, and not otherwise
     shrink = {"dense": False, "compact": True, "transformers": True}.get(to)
     loaded, random = load_with_base(adapter, base)
     if random:
