@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -36,6 +37,7 @@ class BlockImportance(ABC):
         """
 
 
+@dataclass(frozen=True)
 class BlockInfluence(BlockImportance):
     """Block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853, section 3.1).
 
@@ -53,6 +55,7 @@ class BlockInfluence(BlockImportance):
         return sorted(candidates, key=lambda number: float(influence[number]))[:count]
 
 
+@dataclass(frozen=True)
 class BlockLoss(BlockImportance):
     """One block after the other, each time the one without which the model's answers change least.
 

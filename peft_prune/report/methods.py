@@ -30,7 +30,7 @@ _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
         {"from_existing_zeros": True},
     ),
     "PPRUNING": ({}, {"repair": True}),
-    "STRUCTURED": ({"criterion": "loss"}, {"criterion": "activation"}, {"repair": False}),
+    "STRUCTURED": ({"criterion": "loss"}, {"criterion": "activation"}, {"repair": False}, {"keep_layers": 24}),
     "WANDA": ({}, {"refine": None}, {"update": "low_rank"}),
     "SPARSEGPT": ({"solver": "admm"}, {"solver": "sparsegpt"}, {"update": "low_rank"}),
 }

@@ -79,9 +79,14 @@ class Budget(Rule):
     def removes_more(self, model: Any, name: str, layers: list[Any]) -> bool:
         """Whether the blocks that are gone leave anything to do."""
         sites = sites_of(model, layers)
-        costs = {module: site.units * self._cost(model, site) for module, site in sites.items()}
-        gone = sum(costs[layer.module_name] for layer in layers if not layer.get_mask(name).any())
-        return gone < math.floor((1 - self.keep_ratio) * sum(costs.values()))
+        removed = self._removed(model, name, layers, sites)
+        total = sum(site.units * self._cost(model, site) for site in sites.values())
+        return sum(removed.values()) < math.floor((1 - self.keep_ratio) * total)
+
+    def _removed(self, model: Any, name: str, layers: list[Any], sites: dict[str, Site]) -> dict[str, int]:
+        """Cost of each layer whose mask keeps nothing, by module name."""
+        gone = [layer.module_name for layer in layers if not layer.get_mask(name).any()]
+        return {module: sites[module].units * self._cost(model, sites[module]) for module in gone}
 
     def _cost(self, model: Any, site: Site) -> int:
         return unit_cost(model, site, self.budget, self.sequence_length)
@@ -92,27 +97,22 @@ class Budget(Rule):
         A layer whose mask keeps nothing is gone, and counts as removed.
         """
         sites = sites_of(model, layers)
-        masks = {layer.module_name: layer.get_mask(name) for layer in layers}
-        if not self.removes_more(model, name, layers):
-            return masks
-        removed = 0
-        for layer in layers:
-            if not masks[layer.module_name].any():
-                site = sites.pop(layer.module_name)
-                removed += site.units * self._cost(model, site)
+        removed = self._removed(model, name, layers, sites)
         importance = layers[0].host[name].recipe.importance
         generator = torch.Generator().manual_seed(importance.seed)
         plans = []
-        bar = tqdm(sites.items(), desc="calibrate: compare units", unit="layer", disable=not seen)  # others are quick
-        for module, site in bar:
-            heights, order = importance.order(model, site, (seen or {}).get(module), generator)
-            plans.append(self._plan(model, site, heights, order, importance.comparable))
+        left = [module for module in sites if module not in removed]
+        for module in tqdm(left, desc="calibrate: compare units", unit="layer", disable=not seen):  # others are quick
+            heights, order = importance.order(model, sites[module], (seen or {}).get(module), generator)
+            plans.append(self._plan(model, sites[module], heights, order, importance.comparable))
+        cost = sum(removed.values())
         what = _COUNTED[self.budget]
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, what, removed, self.shapes))
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, what, cost, self.shapes))
+        masks = {}
         for layer in layers:
-            if layer.module_name in sites:
-                site = sites[layer.module_name]
-                masks[layer.module_name] = _columns(layer, site.columns[kept[site.output]])
+            site = sites[layer.module_name]
+            units = kept.get(site.output, torch.zeros(0, dtype=torch.int64))
+            masks[layer.module_name] = _columns(layer, site.columns[units])
         return masks
 
     def _plan(self, model: Any, site: Site, heights: np.ndarray, order: np.ndarray, comparable: bool) -> Plan:
