@@ -8,7 +8,7 @@ batches go through the stand-ins, which cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -199,17 +199,24 @@ def _hands_on(model: nn.Module, blocks: list[nn.Module], batch: dict[str, torch.
 @contextmanager
 def _stand_ins(blocks: list[nn.Module], put_out: Optional[list[Any]]) -> Iterator[None]:
     """Let blocks return the hidden states that come in, in the form of an output that was seen; `None`: as they are."""
-    before = [vars(block).get("forward") for block in blocks]  # Accelerate, for one, puts another one there
+    with standing_in({block: _passing_on(output) for block, output in zip(blocks, put_out or [], strict=False)}):
+        yield
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules do something else; hooks of theirs are called as ever."""
+    before = {module: vars(module).get("forward") for module in forwards}  # Accelerate, for one, puts another one there
     try:
-        for block, output in zip(blocks, put_out or [], strict=False):
-            block.forward = _passing_on(output)
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[method-assign]
         yield
     finally:
-        for block, own in zip(blocks, before, strict=True):
+        for module, own in before.items():
             if own is not None:
-                block.forward = own
-            elif "forward" in vars(block):
-                del block.forward
+                module.forward = own
+            elif "forward" in vars(module):
+                del module.forward
 
 
 def _passing_on(output: Any) -> Any:
