@@ -51,7 +51,8 @@ def table(path: Path) -> str:
     lines = [
         [
             f"{row['sparsity']:.0%}", *(f"{row[key] / 1e6:.1f}" for key in ("dense_bytes", "zstd_bytes", "bytes")),
-            f"{row['bytes'] / row['dense_bytes']:.2f}", f"{row['save_cpu_seconds']:.1f}", f"{row['load_cpu_seconds']:.1f}",
+            f"{row['bytes'] / row['dense_bytes']:.2f}",
+            *(f"{row[key]:.1f}" for key in ("save_cpu_seconds", "load_cpu_seconds")),
         ]
         for row in read(path)
     ]  # fmt: skip
