@@ -237,12 +237,12 @@ class _Tensors(torch.nn.Module):
         return tuple(value for value in outputs.values() if isinstance(value, torch.Tensor))
 
 
-def export_onnx(model: Any, path: Path) -> str:
+def export_onnx(model: Any, path: str | os.PathLike) -> str:
     """Write a model that takes `input_ids` and `attention_mask`, of any batch and length, as an ONNX file.
 
     Args:
         model (`PreTrainedModel`): dense or compact. Its outputs keep their names, such as `logits`.
-        path (`Path`): file to write.
+        path (`str` or `os.PathLike`): file to write, in a folder that is there.
 
     Returns:
         `str`: the path.
