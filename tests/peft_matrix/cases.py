@@ -13,8 +13,8 @@ from peft_prune import DSEEConfig, MovementPruningConfig, PPruningConfig, SMPCon
 DSEE = {"r": 4, "num_sparse": 4, "sparsity": 0.5}
 # label: class, and what is given beside targets and task; small ranks, since PEFT's models are tiny
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
-    "SMP": (SMPConfig, {}),
-    "SMP head": (SMPConfig, {"granularity": "head"}),
+    "SMP": (SMPConfig, {"preset": "encoder"}),  # without inputs to start from
+    "SMP head": (SMPConfig, {"granularity": "head", "preset": "encoder"}),
     "MOVEMENT hard": (MovementPruningConfig, {"variant": "hard"}),
     "MOVEMENT soft": (MovementPruningConfig, {"variant": "soft"}),
     "MOVEMENT l0": (MovementPruningConfig, {"variant": "l0"}),
