@@ -11,7 +11,14 @@ from helpers.models import make_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft_prune import PPruningConfig, StructuredPruningConfig, calibrate, save_standard
+from peft_prune import (
+    PPruningConfig,
+    StructuredPruningConfig,
+    WandaConfig,
+    calibrate,
+    save_standard,
+    use_sparse_kernels,
+)
 from peft_prune.structure.record import FIELD
 from peft_prune.structure.shrink import keep_units
 from peft_prune.structure.sites import HEADS, find_sites
@@ -132,6 +139,12 @@ def test_uniform_shapes_are_what_it_takes(config, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, smaller(ids).logits)
     with_lora = get_peft_model(loaded, LoraConfig(target_modules="all-linear"))  # an ordinary model in every way
     with_lora(input_ids=ids, labels=ids).loss.backward()
+    again = get_peft_model(with_lora.unload(), WandaConfig(task_type="CAUSAL_LM", sparsity=0.75, num_samples=4))
+    calibrate(again, [{"input_ids": ids}])
+    sparse = again.merge_and_unload().eval()
+    expected = sparse(ids).logits
+    use_sparse_kernels(sparse, tokens=48, margin=1.0)
+    torch.testing.assert_close(sparse(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_whole_layers_that_are_gone(tmp_path):
