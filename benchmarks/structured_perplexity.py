@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fields = {"task_type": "CAUSAL_LM", "keep_ratio": args.keep, "sequence_length": LENGTH, "seed": args.seed}
         model = get_peft_model(model, METHODS[args.method](**fields, num_samples=len(windows)))
         start = time.process_time()
-        found["shares"] = calibrate(model, [{"input_ids": row[None]} for row in windows])
+        found["shares"] = calibrate(model, [{"input_ids": rows} for rows in windows.split(4)])
         found |= {"calibration_cpu_seconds": round(time.process_time() - start), "peak_gb": round(peak_memory(), 2)}
         found["adapter_bytes"] = sum(
             tensor.numel() * tensor.element_size()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
-from .capture import Call, Repeated, Stop, capture, hidden_states, split_arguments, to_device
+from .capture import Call, Repeated, Stop, capture, hidden_states, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 from .place import device_of, moved
@@ -84,17 +84,17 @@ def walk(
     Raises:
         ValueError: there are no batches, they are no mappings, do not fit the model, or hold nothing but padding.
     """
-    with _quiet(model), torch.no_grad():
+    with quiet(model), torch.no_grad():
         if after_block is None:
             _in_one_pass(model, watched, batches, observer, num_samples)
             return
-        taken = list(_taken(model, batches, num_samples, torch.device("cpu")))
+        taken = list(take(model, batches, num_samples, torch.device("cpu")))
         check_counts([counts for _, counts in taken])
         warn_of_few_examples(sum(len(next(iter(inputs.values()))) for inputs, _ in taken), num_samples)
         _block_by_block(model, watched, taken, observer, after_block, device, manner)
 
 
-def _taken(
+def take(
     model: nn.Module, batches: Iterable[Any], num_samples: int, device: torch.device
 ) -> Iterator[tuple[dict[str, torch.Tensor], Counts]]:
     """Inputs and real tokens of batches, until there were enough examples."""
@@ -116,7 +116,8 @@ def _taken(
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and as it was behind the context."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -146,12 +147,6 @@ class _Watch:
         self._handles: list[Any] = []
         for key, (layer, decoder) in self.watched.items():
             self._handles.append(layer.register_forward_pre_hook(self._note(key, decoder)))
-            block, behind = self.observer.streams.get(key, (None, False))
-            see = partial(self.observer.see_stream, key, decoder)
-            if block is not None and behind:
-                self._handles.append(block.register_forward_hook(_note_output(see)))
-            elif block is not None:
-                self._handles.append(block.register_forward_pre_hook(_note_input(see), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -181,14 +176,6 @@ class _Watch:
         return note
 
 
-def _note_output(see: Callable[[torch.Tensor], None]) -> Any:
-    return lambda module, args, output: see(hidden_states(output))
-
-
-def _note_input(see: Callable[[torch.Tensor], None]) -> Any:
-    return lambda module, args, kwargs: see(split_arguments(args, kwargs)[0])
-
-
 # --------------------------------------------------------------------- one pass
 
 
@@ -197,7 +184,7 @@ def _in_one_pass(
 ) -> None:
     with _Watch(watched, observer) as watch, tqdm(desc="calibrate: run the model", unit="example") as bar:
         bar.total = num_samples
-        for inputs, counts in _taken(model, batches, num_samples, device_of(model)):
+        for inputs, counts in take(model, batches, num_samples, device_of(model)):
             watch.run(counts, partial(model, **inputs))
             examples = len(next(iter(inputs.values())))
             if not bar.n:
