@@ -300,6 +300,20 @@ def test_ppruning_keeps_the_papers_choice_and_gains_the_repair():
     check_repaired(models[True], "bert")
 
 
+def test_ppruning_can_have_a_floor_for_each_layer():
+    kept = {}
+    for share in (0.0, 0.5):
+        model = get_peft_model(
+            make("bert"), PPruningConfig(keep_ratio=0.65, num_tokens=40, sequence_length=10, min_share=share)
+        )
+        calibrate(model, batches("bert"))
+        kept[share] = [float(units.float().mean()) for units in alive(model).values()]
+    assert min(kept[0.5]) >= 0.5 > min(kept[0.0])
+    assert PPruningConfig().min_share == 0.0
+    with pytest.raises(ValueError, match=r"min_share=-0.1"):
+        PPruningConfig(min_share=-0.1)
+
+
 # ------------------------------------------------------------------ adapters
 
 
