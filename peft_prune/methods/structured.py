@@ -40,8 +40,8 @@ class StructuredPruningConfig(UnitsConfig):
             `"loss"`: greedily, the units without which the output loses least when the others make up for them (Optimal
             Brain Surgeon for groups of columns, as ZipLM and SlimGPT). `"activation"`: each unit by itself,
             `‖W_j‖·rms(x_j)`. Of both, losses of a layer count as much as the model's predictions depend on its output
-            (trace of the Fisher information, from one backward pass over 2,048 tokens). As baselines, in equal shares of
-            each layer: `"similarity"` (as P-pruning), `"magnitude"` and `"random"`.
+            (trace of the Fisher information, from one backward pass over 2,048 tokens). As baselines, in equal shares
+            of each layer: `"similarity"` (as P-pruning), `"magnitude"` and `"random"`.
         repair (`bool`):
             Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
             The adapter then holds new values of the matrices that heads and neurons feed, and not only a mask.
