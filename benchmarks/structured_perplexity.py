@@ -7,7 +7,7 @@
 Without `--method`, every row of `GRID` is run that the results lack, one after the other, each in a process of its own;
 it can be stopped and started again. `--keep` is the share of the FLOPs of attentions and feed-forward networks, counted
 at 512 tokens. Calibration and texts are those of `language_model.py`. What is measured is the model that
-`merge_and_unload()` returns, so heads and neurons are really gone.
+`merge_and_unload()` returns, so heads and neurons are really gone; FLAP with its biases is masked by hand.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flap import flap
 from language_model import LENGTH, add_arguments, calibration_windows, load, mean_ratio, peak_memory, perplexities
 from peft import get_peft_model
 from scaffold import FOLDER, append, environment, make_parser, markdown, mean, read, settings
@@ -49,7 +50,7 @@ METHODS: dict[str, Any] = {
 }
 KEPT = (0.8, 0.9, 0.6)
 # (method, keep, seed), the most important first
-GRID = [("dense", 1.0, 0)] + [(method, keep, 0) for keep in KEPT for method in METHODS]
+GRID = [("dense", 1.0, 0)] + [(method, keep, 0) for keep in KEPT for method in (*METHODS, "FLAP")]
 GRID += [("loss, repair", 0.8, seed) for seed in (1, 2)]
 
 
@@ -57,12 +58,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     set_seed(args.seed)
     model, tokenizer = load()
     found: dict[str, Any] = {}
-    if args.method != "dense":
+    if args.method == "FLAP":
+        windows = calibration_windows(tokenizer, args)
+        start = time.process_time()
+        found["shares"] = flap(model, [{"input_ids": rows} for rows in windows.split(4)], args.keep, LENGTH)
+        found |= {"calibration_cpu_seconds": round(time.process_time() - start), "peak_gb": round(peak_memory(), 2)}
+        found |= {"adapter_bytes": 0, "parameters": model_size(model).parameters - found["shares"].pop("removed")}
+    elif args.method != "dense":
         windows = calibration_windows(tokenizer, args)
         fields = {"task_type": "CAUSAL_LM", "keep_ratio": args.keep, "sequence_length": LENGTH, "seed": args.seed}
         model = get_peft_model(model, METHODS[args.method](**fields, num_samples=len(windows)))
         start = time.process_time()
-        found["shares"] = calibrate(model, [{"input_ids": row[None]} for row in windows])
+        found["shares"] = calibrate(model, [{"input_ids": rows} for rows in windows.split(4)])
         found |= {"calibration_cpu_seconds": round(time.process_time() - start), "peak_gb": round(peak_memory(), 2)}
         found["adapter_bytes"] = sum(
             tensor.numel() * tensor.element_size()
@@ -71,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for tensor in layer.held(kind).values()
         )
         model = model.merge_and_unload()
-    found["parameters"] = model_size(model, LENGTH).parameters
+    found.setdefault("parameters", model_size(model, LENGTH).parameters)
     return settings(args) | found | perplexities(model, tokenizer, args.windows) | environment()
 
 
@@ -120,7 +127,7 @@ def table(path: Path) -> str:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, RESULTS, table=True)
-    parser.add_argument("--method", choices=["dense", *METHODS])
+    parser.add_argument("--method", choices=["dense", *METHODS, "FLAP"])
     parser.add_argument("--keep", type=float, default=1.0, help="share of the FLOPs that stays")
     add_arguments(parser)
     args = parser.parse_args()

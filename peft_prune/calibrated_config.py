@@ -106,6 +106,7 @@ class UnitsConfig(CalibratedConfig):
             `"free"`: each layer keeps as many heads and neurons as their importance says. `"uniform"`: all layers keep
             as many, so that [`peft_prune.save_standard`] writes a model that Transformers loads by itself.
         multiple_of (`int`): the neurons that a layer keeps are a multiple of it, such as 64 for tensor cores.
+        min_share (`float`): share of the heads and of the neurons of each layer that stays in any case; at least one.
         repair (`bool`):
             Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
             The adapter then holds new values, and not only a mask.
@@ -120,6 +121,7 @@ class UnitsConfig(CalibratedConfig):
 
     keep_ratio: float = field(default=0.5, metadata={"help": "Share of the cost that stays, in (0, 1]."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
+    min_share: float = field(default=0.0, metadata={"help": "Share of the units of each layer that stays."})
     repair: bool = field(default=False, metadata={"help": "Whether weights that stay make up for what is removed."})
     damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
     value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
@@ -136,6 +138,7 @@ class UnitsConfig(CalibratedConfig):
         what = "FLOPs" if self.budget == "flops" else "parameters"
         check_number("keep_ratio", self.keep_ratio, 1e-9, 1.0, f"It is the share of the {what} that is kept, e.g. 0.5.")
         check_number("damping", self.damping, 1e-9, 1.0, "The papers use 0.01.")
+        check_number("min_share", self.min_share, 0.0, 1.0, "It is a share of the units of each layer, e.g. 0.05.")
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         check_flag("repair", self.repair)
         if not (self.repair or self.value_dtype == "float16" or self.finalized):

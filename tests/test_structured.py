@@ -114,29 +114,41 @@ def greedy_by_hand(weight, x, units, ridge_share):
     return order, np.diff(totals)
 
 
+def sensitivities(base, sites, data):
+    """`‖g‖²` a token and output, of the gradient of the log-likelihood of labels drawn from the model's predictions."""
+    noise = {site.output: [] for site in sites}  # is added to outputs, and is zero
+
+    def hook(path):
+        def add(module, args, out):
+            noise[path].append(torch.zeros_like(out, requires_grad=True))
+            return out + noise[path][-1]
+
+        return base.get_submodule(path).register_forward_hook(add)
+
+    hooks, generator, tokens = [hook(path) for path in noise], torch.Generator().manual_seed(0), 0
+    for batch in data:
+        for i in range(len(batch["input_ids"])):
+            one = {key: value[i : i + 1] for key, value in batch.items()}
+            scores = base(**one).logits.log_softmax(-1)
+            scores = scores[one["attention_mask"].bool()] if scores.dim() == 3 else scores
+            drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+            scores.gather(1, drawn).sum().backward()
+            tokens += int(one["attention_mask"].sum())
+    for handle in hooks:
+        handle.remove()
+    return {
+        path: sum(float(x.grad.square().sum()) for x in xs) / xs[0].shape[-1] / tokens for path, xs in noise.items()
+    }
+
+
 def expected_counts(base, data, keep, length):
-    """How many units each site loses by the definition: one list by running maximum, residual stream and FLOPs."""
+    """How many units each site loses by the definition: one list by running maximum, sensitivity and FLOPs."""
     sites = find_sites(base)
     seen = inputs_of(base, [site.output for site in sites], data)
-    states = {(site.block, kind): [] for site in sites for kind in ("heads", "neurons")}
-    hooks = []
-    for block in {site.block for site in sites}:
-
-        def note(module, args, out, block=block):
-            states[block, "heads"].append(args[0])
-            states[block, "neurons"].append(out[0] if isinstance(out, tuple) else out)
-
-        hooks.append(base.get_submodule(block).register_forward_hook(note))
-    with torch.no_grad():
-        for batch in data:
-            base(**batch)
-    for hook in hooks:
-        hook.remove()
-    real = torch.cat([batch["attention_mask"].bool().flatten() for batch in data])
+    sensitivity = sensitivities(base, sites, data)
     steps = []
     for site in sites:
-        stream = torch.cat([x.flatten(0, 1) for x in states[site.block, site.kind]])[real].double()
-        scale = float(stream.square().mean(1).median()) * len(stream)
+        scale = 1 / sensitivity[site.output]
         weight = linear_matrix(base.get_submodule(site.output)).detach().double()
         _, losses = greedy_by_hand(weight, seen[site.output], site.columns, 0.01)
         cost = unit_macs(base, site, length)
@@ -286,6 +298,20 @@ def test_ppruning_keeps_the_papers_choice_and_gains_the_repair():
         assert not plain.changes_weights("default")
         assert mended.changes_weights("default") == (not bool(mended.get_mask("default").all()))
     check_repaired(models[True], "bert")
+
+
+def test_ppruning_can_have_a_floor_for_each_layer():
+    kept = {}
+    for share in (0.0, 0.5):
+        model = get_peft_model(
+            make("bert"), PPruningConfig(keep_ratio=0.65, num_tokens=40, sequence_length=10, min_share=share)
+        )
+        calibrate(model, batches("bert"))
+        kept[share] = [float(units.float().mean()) for units in alive(model).values()]
+    assert min(kept[0.5]) >= 0.5 > min(kept[0.0])
+    assert PPruningConfig().min_share == 0.0
+    with pytest.raises(ValueError, match=r"min_share=-0.1"):
+        PPruningConfig(min_share=-0.1)
 
 
 # ------------------------------------------------------------------ adapters

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
-from torch import nn
 
 from ..solvers.checks import all_finite
 from ..solvers.gram import add_triangle, loss, mirror_triangle
@@ -23,11 +22,7 @@ class Observer:
 
     Attributes:
         tokens (`dict[str, int]`): tokens that are no padding, by name of the layer that saw them.
-        streams (`Mapping`): by name of a layer, the block that it is in, if the residual stream is to be noted, too,
-            and whether that is the one behind the block (`True`) or before it.
     """
-
-    streams: Mapping[str, tuple[nn.Module, bool]] = {}
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
@@ -53,9 +48,6 @@ class Observer:
             x (`torch.Tensor`): the input.
         """
         raise NotImplementedError
-
-    def see_stream(self, key: str, decoder: bool, states: torch.Tensor) -> None:
-        """Take note of the residual stream at the block of a layer: floating point, shape (..., features)."""
 
     def output_loss(self, matrix: torch.Tensor, adapted: torch.Tensor, seen: Any) -> Optional[float]:
         """Relative loss of a layer's output, `None` if what is noted does not say it.

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.utils.logging import tqdm  # which Transformers' disable_progress_bar() switches off
 
 from .batches import decoder_tokens, model_inputs, real_tokens
-from .calls import Call, hidden_states, split_arguments
+from .calls import Call, hidden_states
 from .capture import Repeated, Stop, capture, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
@@ -148,12 +148,6 @@ class _Watch:
         self._handles: list[Any] = []
         for key, (layer, decoder) in self.watched.items():
             self._handles.append(layer.register_forward_pre_hook(self._note(key, decoder)))
-            block, behind = self.observer.streams.get(key, (None, False))
-            see = partial(self.observer.see_stream, key, decoder)
-            if block is not None and behind:
-                self._handles.append(block.register_forward_hook(_note_output(see)))
-            elif block is not None:
-                self._handles.append(block.register_forward_pre_hook(_note_input(see), with_kwargs=True))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -181,14 +175,6 @@ class _Watch:
                 raise Stop
 
         return note
-
-
-def _note_output(see: Callable[[torch.Tensor], None]) -> Any:
-    return lambda module, args, output: see(hidden_states(output))
-
-
-def _note_input(see: Callable[[torch.Tensor], None]) -> Any:
-    return lambda module, args, kwargs: see(split_arguments(args, kwargs)[0])
 
 
 # --------------------------------------------------------------------- one pass

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.residual import ResidualGrams
+from ..calibration.observers import GramMatrices
 from ..solvers.units import order_without_repair, removal_order, unit_losses
 from ..structure.sites import Site
 from .units import UnitImportance
@@ -20,11 +20,11 @@ CRITERIA = ("loss", "activation")
 
 @dataclass(frozen=True)
 class OutputLoss(UnitImportance):
-    """Units go by the loss of the output of the matrix that they feed, in parts of the residual stream.
+    """Units go by the loss of the output of the matrix that they feed, times how much predictions depend on it.
 
-    A loss is divided by the mean square of the residual stream that the norm behind the layer will read, so that layers
-    can be compared: for heads, that before the block; for neurons, that behind it. It is the median over all tokens,
-    because a few tokens are thousands of times larger.
+    That makes layers comparable: with the error `e_t` of a layer's output at token t and the gradient `g_t` of the
+    log-likelihood of the model's own predictions, their KL divergence grows by `½ Σ_t E[(g_tᵀe_t)²]` to second order.
+    If size and direction of the two have nothing to do with each other, that is `½ Σ_t E‖g_t‖²/outputs · E‖e_t‖²`.
 
     Args:
         criterion (`str`): `"loss"`: greedily, each time the unit that costs least when the others make up for it, or
@@ -48,16 +48,16 @@ class OutputLoss(UnitImportance):
         """In words."""
         return "loss of the output" if self.criterion == "loss" else "size of weights × activations"
 
-    def observer(self, config: Any) -> ResidualGrams:
-        """Gram matrices of what the units put out, and the size of the residual stream behind them."""
-        return ResidualGrams()
+    def observer(self, config: Any) -> GramMatrices:
+        """Gram matrices of what the units put out."""
+        return GramMatrices()
 
     def digest(self, layer: Any, name: str, seen: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and order of a layer's units."""
-        gram, scale, tokens = seen
+        """Heights and order of a layer's units, from the Gram matrix, its tokens and the output's sensitivity."""
+        gram, tokens, sensitivity = seen
         order, losses = self._order(layer, name, gram)
         # a unit that hides another one goes first, and may cost more
-        heights = torch.cummax(losses.double(), 0).values / max(scale * tokens, torch.finfo(torch.float32).tiny)
+        heights = torch.cummax(losses.double(), 0).values * (sensitivity / tokens)
         return heights.cpu().numpy(), order.cpu().numpy()
 
     def order(

@@ -37,7 +37,8 @@ class UnitImportance(Importance):
         raise NotImplementedError
 
     def digest(self, layer: Any, name: str, seen: Any) -> Any:
-        """What is kept of what the observer has noted of a layer, when its block has been seen."""
+        """What is kept of a layer when its block has been seen: of what the observer has noted, of how many tokens that
+        is, and of how much the model's predictions depend on the layer's output, see [`output_sensitivity`]."""
         return seen
 
     def order_again(self, layer: Any, name: str, count: int) -> Optional[torch.Tensor]:

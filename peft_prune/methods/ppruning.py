@@ -48,6 +48,9 @@ class PPruningConfig(UnitsConfig):
         criterion (`str`):
             `"similarity"` (the paper's), or as baselines `"magnitude"` (units with the smallest weights go) or
             `"random"`.
+        min_share (`float`):
+            Share of the heads and of the neurons of each layer that stays in any case (not in the paper, where it is
+            0); at least one does.
         seed (`int`):
             Seed of the sample of tokens, and of `criterion="random"`.
         repair (`bool`):
@@ -86,7 +89,13 @@ class PPruningConfig(UnitsConfig):
         """Similarity of activations; a FLOPs budget; weights are left as they are, or repaired; at calibration."""
         return Recipe(
             Similarity(self.criterion, self.head_similarity, self.linkage, self.seed, self.num_tokens),
-            Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, shapes=self.kept_shapes()),
+            Budget(
+                self.keep_ratio,
+                self.lambda_ffn,
+                self.sequence_length,
+                min_share=self.min_share,
+                shapes=self.kept_shapes(),
+            ),  # fmt: skip
             self.kept_weights(),
             Moment.CALIBRATION,
         )

@@ -42,8 +42,9 @@ class StructuredPruningConfig(UnitsConfig):
         criterion (`str`):
             `"loss"`: greedily, the units without which the output loses least when the others make up for them (Optimal
             Brain Surgeon for groups of columns, as ZipLM and SlimGPT). `"activation"`: each unit by itself,
-            `‖W_j‖·rms(x_j)`. As baselines, in equal shares of each layer: `"similarity"` (as P-pruning), `"magnitude"`
-            and `"random"`.
+            `‖W_j‖·rms(x_j)`. Of both, losses of a layer count as much as the model's predictions depend on its output
+            (trace of the Fisher information, from one backward pass over 2,048 tokens). As baselines, in equal shares
+            of each layer: `"similarity"` (as P-pruning), `"magnitude"` and `"random"`.
         repair (`bool`):
             Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
             The adapter then holds new values of the matrices that heads and neurons feed, and not only a mask.
@@ -101,7 +102,6 @@ class StructuredPruningConfig(UnitsConfig):
         super().__post_init__(density)
         self.peft_type = PeftType("STRUCTURED")
         check_choice("criterion", self.criterion, CRITERIA)
-        check_number("min_share", self.min_share, 0.0, 1.0, "It is a share of the units of each layer, e.g. 0.05.")
         if self.lambda_ffn is not None:
             check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "P-pruning's paper uses 5; None is one list.")
 

@@ -11,10 +11,11 @@ from torch import nn
 from ..calibration.batches import first_examples
 from ..calibration.observers import GramMatrices
 from ..calibration.replay import find_feeders
+from ..calibration.sensitivity import output_sensitivity
 from ..calibration.walk import Manner, Watched, walk
 from ..importance.units import UnitImportance
 from ..layers.layer import PruningLayer
-from ..structure.sites import HEADS, Site, find_sites
+from ..structure.sites import find_sites
 from .layer_by_layer import LayerByLayer
 
 
@@ -41,7 +42,7 @@ def choose_across_layers(
     """
     layers = list(by_path.values())
     recipe, config = layers[0].host[name].recipe, layers[0].config(name)
-    if recipe.update.fits or recipe.rule.reads_activations:
+    if recipe.update.fits or recipe.importance.by_block or recipe.rule.reads_activations:
         batches = first_examples(batches, config.num_samples)
     gone = recipe.rule.removed_first(model, name, layers, batches)
     for layer in layers:
@@ -52,13 +53,12 @@ def choose_across_layers(
         return {}
     by_path = {path: layer for path, layer in by_path.items() if layer.module_name not in gone}
     watched = {path: watched[path] for path in by_path}
-    sites = {site.output: site for site in find_sites(model)}
     seen = None
     if recipe.importance.reads_activations:
-        seen = _look(model, name, by_path, watched, sites, batches, device)
+        seen = _look(model, name, by_path, watched, batches, device)
     set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
     if recipe.update.fits:
-        manner = Manner(in_turn=True, feeders=find_feeders(model, sites.values()))
+        manner = Manner(in_turn=True, feeders=find_feeders(model, find_sites(model)))
         return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, manner)
     return {}
 
@@ -74,7 +74,6 @@ def _look(
     name: str,
     by_path: Mapping[str, PruningLayer],
     watched: Watched,
-    sites: Mapping[str, Site],
     batches: Iterable[Any],
     device: Optional[torch.device | str],
 ) -> dict[str, Any]:
@@ -85,14 +84,14 @@ def _look(
     if not importance.by_block:
         walk(model, watched, batches, observer, config.num_samples)
         return {layer.module_name: observer.result(path) for path, layer in by_path.items()}
+    sensitivity = output_sensitivity(model, watched, batches, config.num_samples)
     seen = {}
 
     def after_block(paths: list[str]) -> None:
         for path in paths:
-            layer = by_path[path]
-            seen[layer.module_name] = importance.digest(layer, name, observer.result(path))
+            layer, tokens = by_path[path], observer.tokens.get(path, 0)
+            noted = (observer.result(path), tokens, sensitivity[path])
+            seen[layer.module_name] = importance.digest(layer, name, noted)
 
-    # heads add to the stream before the block, and neurons behind the heads
-    observer.streams = {path: (model.get_submodule(sites[path].block), sites[path].kind != HEADS) for path in by_path}
     walk(model, watched, batches, observer, config.num_samples, after_block, device, Manner(changes=False))
     return seen
