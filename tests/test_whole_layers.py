@@ -21,7 +21,7 @@ from peft_prune.structure.sites import find_sites, linear_matrix
 
 
 def adapter(base, keep_layers, data, **fields):
-    fields = {"keep_ratio": 1.0, "sequence_length": 10, "layer_samples": 16} | fields
+    fields = {"keep_ratio": 1.0, "sequence_length": 10, "layer_samples": 16, "layer_criterion": "loss"} | fields
     model = get_peft_model(base, StructuredPruningConfig(keep_layers=keep_layers, **fields))
     return model, calibrate(model, data)
 
@@ -208,7 +208,7 @@ def test_a_model_without_a_head_is_judged_by_its_hidden_states():
 
 def test_only_some_examples_decide():
     seen = []
-    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=3, keep_ratio=1.0, layer_samples=2))
+    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=3, keep_ratio=1.0, layer_samples=2))  # influence
     embeddings = model.get_base_model().model.embed_tokens
     embeddings.register_forward_hook(lambda m, args, output: seen.append(args[0]))
     calibrate(model, texts())
@@ -316,7 +316,7 @@ BAD = [
     ({"keep_layers": 2.0}, "keep_layers=2.0 must be a whole number"),
     ({"keep_layers": "2"}, "keep_layers='2' must be a whole number"),
     ({"keep_layers": True}, "keep_layers=True must be a whole number"),
-    ({"layer_criterion": "random"}, "layer_criterion='random' is unknown. Use one of 'loss', 'influence'"),
+    ({"layer_criterion": "random"}, "layer_criterion='random' is unknown. Use one of 'influence', 'loss'"),
     ({"layer_samples": 0}, "layer_samples=0"),
 ]
 
@@ -367,7 +367,8 @@ def test_layers_that_are_not_there_are_told():
 
 
 def test_an_interrupted_choice_leaves_nothing_behind():
-    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=2, keep_ratio=1.0))
+    config = StructuredPruningConfig(keep_layers=2, keep_ratio=1.0, layer_criterion="loss")
+    model = get_peft_model(deep(), config)
     calls, last = [], model.get_base_model().model.layers[3]
 
     def interrupt(module, args, kwargs):
