@@ -35,7 +35,7 @@ from peft_prune import SparseGPTConfig, WandaConfig, calibrate
 RESULTS = FOLDER / "calibration_memory.json"
 GB = 1e9
 METHODS = {
-    "Wanda": lambda **f: WandaConfig(**f),
+    "Wanda": lambda **f: WandaConfig(refine=None, **f),
     "SparseGPT": lambda **f: SparseGPTConfig(solver="sparsegpt", **f),
 }
 RUNS = {  # blocks calibrated, windows, tokens of a window

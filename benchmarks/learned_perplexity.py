@@ -39,14 +39,11 @@ CHARACTERS = 2_000_000
 
 def mask_config(args: argparse.Namespace) -> SMPConfig:
     """What docs/learned_language_models.md recommends."""
-    how: dict[str, Any] = {"granularity": args.granularity}
-    if not args.granularity:
-        how = {"sparsity": args.sparsity, "allocation": "row"}
+    how = {"granularity": args.granularity} if args.granularity else {"sparsity": args.sparsity}
     if args.rank:
         how |= {"score": "low_rank", "score_rank": args.rank}
     return SMPConfig(
-        task_type="CAUSAL_LM", score_init=args.start, num_samples=args.calibration, penalty=0.0, score_lr=args.score_lr,
-        score_betas=[0.9, 0.99], sparsity_schedule="constant", **how,
+        task_type="CAUSAL_LM", score_init=args.start, num_samples=args.calibration, score_lr=args.score_lr, **how
     )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ from peft_prune import SparseGPTConfig, WandaConfig, calibrate
 RESULTS = FOLDER / "one_shot_accuracy.jsonl"
 SPARSITIES = (0.5, 0.7, 0.8)
 METHODS = {
-    "wanda": lambda s, n: WandaConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n),
-    "wanda, swaps": lambda s, n: WandaConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n, refine="swaps"),
+    "wanda": lambda s, n: WandaConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n, refine=None),
+    "wanda, swaps": lambda s, n: WandaConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n),
     "sparsegpt": lambda s, n: SparseGPTConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n, solver="sparsegpt"),
     "admm": lambda s, n: SparseGPTConfig(task_type="SEQ_CLS", sparsity=s, num_samples=n, solver="admm"),
 }

@@ -33,11 +33,16 @@ from peft_prune import SparseGPTConfig, WandaConfig, calibrate
 
 RESULTS = FOLDER / "one_shot_perplexity.jsonl"
 METHODS = {
-    "wanda": lambda **f: WandaConfig(**f),
-    "wanda, swaps": lambda **f: WandaConfig(refine="swaps", **f),
-    "wanda, low rank": lambda **f: WandaConfig(update="low_rank", r=8, **f),
+    "wanda": lambda **f: WandaConfig(refine=None, **f),
+    "wanda, swaps": lambda **f: WandaConfig(**f),
+    "wanda, low rank": lambda **f: WandaConfig(refine=None, update="low_rank", r=8, **f),
+    "wanda, swaps, low rank": lambda **f: WandaConfig(update="low_rank", r=8, **f),
+    "wanda, swaps, owl": lambda **f: WandaConfig(allocation="owl", **f),
     "sparsegpt": lambda **f: SparseGPTConfig(solver="sparsegpt", **f),
+    "sparsegpt, low rank": lambda **f: SparseGPTConfig(solver="sparsegpt", update="low_rank", r=8, **f),
     "admm": lambda **f: SparseGPTConfig(solver="admm", **f),
+    "admm, owl": lambda **f: SparseGPTConfig(solver="admm", allocation="owl", **f),
+    "admm, low rank": lambda **f: SparseGPTConfig(solver="admm", update="low_rank", r=8, **f),
 }
 PEER = "llm-compressor, "
 

@@ -32,6 +32,8 @@ RESULTS = FOLDER / "structured_perplexity.jsonl"
 LAYERS = 30  # of the dense model
 METHODS: dict[str, Any] = {
     "loss, repair": lambda **f: StructuredPruningConfig(criterion="loss", **f),
+    "loss, repair, uniform": lambda **f: StructuredPruningConfig(shapes="uniform", **f),
+    "loss, repair, uniform 64": lambda **f: StructuredPruningConfig(shapes="uniform", multiple_of=64, **f),
     "loss": lambda **f: StructuredPruningConfig(criterion="loss", repair=False, **f),
     "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", **f),
     "activation": lambda **f: StructuredPruningConfig(criterion="activation", repair=False, **f),

@@ -23,7 +23,7 @@ from text_classification import load_classifier, tokenize, train
 from transformers import AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from peft_prune import PPruningConfig, calibrate, load_compact, model_size, save_compact
-from peft_prune.report.export import export_onnx
+from peft_prune.report import export_onnx
 
 
 def main(argv: list[str] | None = None) -> None:

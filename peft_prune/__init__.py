@@ -34,6 +34,8 @@ from .structure.compact import load_compact, save_compact
 from .structure.flops import ModelSize, model_size
 from .structure.seal import seal_when_saved
 from .structure.shrink import shrink
+from .structure.sparse_checkpoint import load_sparse, save_sparse
+from .structure.standard import save_standard
 from .trained_config import TrainedConfig
 from .training.callback import PruningCallback
 from .training.distillation import distillation_loss
@@ -88,6 +90,7 @@ __all__ = [
     "distillation_loss",
     "finalize",
     "load_compact",
+    "load_sparse",
     "make_verbalizer",
     "mask_from_zeros",
     "merge_keeping_zeros",
@@ -96,6 +99,8 @@ __all__ = [
     "prune_once",
     "register_anatomy",
     "save_compact",
+    "save_sparse",
+    "save_standard",
     "shrink",
     "update_schedule",
     "use_dense_kernels",

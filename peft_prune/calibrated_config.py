@@ -15,7 +15,9 @@ from .config_checks import (
     check_whole,
 )
 from .storage.values import VALUE_DTYPES
+from .structure.shapes import SHAPES, Shapes
 from .updates.base import Keep, Update
+from .updates.low_rank import LowRank
 from .updates.rewrite import Repair
 
 
@@ -49,6 +51,15 @@ class OneShotConfig(CalibratedConfig):
     Args:
         granularity (`str`): `"weight"`, or an n:m pattern such as `"2:4"`: n of every m weights along the input.
         sparsity_pattern (`dict[str, float]`, *optional*): sparsity of single modules, by name or regular expression.
+        allocation (`str`):
+            `"local"`: all matrices have the same sparsity. `"owl"`: blocks with more outliers, weights whose
+            `|W|·‖x‖` is far above the block's mean, keep more (OWL, arXiv 2310.05175); it takes a look at the dense
+            model before.
+        update (`str`):
+            `"low_rank"` adds a LoRA beside the mask, which starts by making up for part of the damage in closed form
+            (SLiM, arXiv 2410.09615; QERA, arXiv 2410.06040) and can be trained afterwards. `"none"` adds nothing.
+        r (`int`): rank of `update="low_rank"`.
+        lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
 
     Raises:
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
@@ -58,16 +69,29 @@ class OneShotConfig(CalibratedConfig):
     sparsity_pattern: Optional[dict[str, float]] = field(
         default_factory=dict, metadata={"help": "Sparsity of single modules, by name or regular expression."}
     )
+    allocation: str = field(default="local", metadata={"help": "'local', or 'owl': by outliers of blocks."})
+    update: str = field(default="none", metadata={"help": "'none' or 'low_rank'."})
+    r: int = field(default=8, metadata={"help": "Rank of update='low_rank'."})
+    lora_alpha: float = field(default=8.0, metadata={"help": "update='low_rank' is scaled by lora_alpha / r."})
 
     def __post_init__(self, density: Optional[float] = None):
         super().__post_init__(density)
         check_single_weights(self.granularity)
+        check_choice("allocation", self.allocation, ("local", "owl"))
+        check_choice("update", self.update, ("none", "low_rank"))
+        check_whole("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha, 1e-9, 1e9, "LoRA's usual choice is r or 2r.")
         check_sparsity_pattern(self.sparsity_pattern, "It is the share of weights removed, e.g. sparsity=0.5.")
-        if ":" in self.granularity and self.sparsity_pattern:
-            raise ValueError(
-                f"granularity={self.granularity!r} fixes the sparsity of every matrix, so sparsity_pattern="
-                f"{self.sparsity_pattern!r} must stay at its default."
-            )
+        for name, default in (("sparsity_pattern", {}), ("allocation", "local")):
+            if ":" in self.granularity and getattr(self, name) != default:
+                raise ValueError(
+                    f"granularity={self.granularity!r} fixes the sparsity of every matrix, so {name}="
+                    f"{getattr(self, name)!r} must stay at its default."
+                )
+
+    def beside_mask(self) -> Optional[LowRank]:
+        """The update beside the mask, if there is one."""
+        return LowRank(self.r, self.lora_alpha, seed=self.seed) if self.update == "low_rank" else None
 
 
 @dataclass
@@ -78,6 +102,10 @@ class UnitsConfig(CalibratedConfig):
     Args:
         keep_ratio (`float`): share of the cost of attentions and feed-forward networks that stays, in (0, 1].
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
+        shapes (`str`):
+            `"free"`: each layer keeps as many heads and neurons as their importance says. `"uniform"`: all layers keep
+            as many, so that [`peft_prune.save_standard`] writes a model that Transformers loads by itself.
+        multiple_of (`int`): the neurons that a layer keeps are a multiple of it, such as 64 for tensor cores.
         repair (`bool`):
             Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
             The adapter then holds new values, and not only a mask.
@@ -95,6 +123,8 @@ class UnitsConfig(CalibratedConfig):
     repair: bool = field(default=False, metadata={"help": "Whether weights that stay make up for what is removed."})
     damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
     value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
+    shapes: str = field(default="free", metadata={"help": "'free', or 'uniform': all layers keep as many."})
+    multiple_of: int = field(default=1, metadata={"help": "Neurons of a layer are a multiple of it."})
     granularity = "column"  # heads and neurons are columns of a matrix
     budget = "flops"  # what the cost is
 
@@ -114,6 +144,12 @@ class UnitsConfig(CalibratedConfig):
                 "out, or use repair=True."
             )
         check_whole("sequence_length", self.sequence_length, 1)
+        check_choice("shapes", self.shapes, SHAPES)
+        check_whole("multiple_of", self.multiple_of, 1)
+
+    def kept_shapes(self) -> Shapes:
+        """How many units layers may keep."""
+        return Shapes(self.shapes, self.multiple_of)
 
     def kept_weights(self) -> Update:
         """What happens to the weights that stay."""

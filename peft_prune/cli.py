@@ -17,7 +17,10 @@ from .names import one_line
 from .storage.codec import MaskFormatError
 
 
-_EXPORT_HELP = "Transformers model with zeros, one without the heads and neurons that are gone, or model.onnx"
+_EXPORT_HELP = (
+    "Transformers model with zeros; one without the heads and neurons that are gone, for load_compact, or as an "
+    "ordinary checkpoint (shapes='uniform'); model.gguf; or model.onnx"
+)
 _DIFF_HELP = (
     ". The overlap is intersection over union: what both keep, of what either keeps. both_if_unrelated is "
     "what both would keep by chance."
@@ -80,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "a model of its own, with the mask applied")
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
-    sub.add_argument("--to", choices=["dense", "compact", "onnx"], default="dense", help=_EXPORT_HELP)
+    sub.add_argument(
+        "--to", choices=["dense", "compact", "transformers", "gguf", "onnx"], default="dense", help=_EXPORT_HELP
+    )
     sub.add_argument("--output", required=True, help="folder to write")
     sub = command("card", _card, "put density table, picture and results into README.md", _CARD_HELP)
     sub.add_argument("adapter", metavar="DIR")

@@ -182,6 +182,7 @@ def calibrated(folder):
         "wanda": WandaConfig(sparsity=0.5),
         "sparsegpt": SparseGPTConfig(sparsity=0.5),
         "low rank": WandaConfig(sparsity=0.5, update="low_rank", r=3),
+        "owl": SparseGPTConfig(sparsity=0.5, update="low_rank", r=3, allocation="owl"),
         "start": SMPConfig(sparsity=0.5, score_init="wanda", sparsity_schedule="constant"),
         "start of low rank": SMPConfig(
             sparsity=0.5, score="low_rank", score_rank=3, score_init="sparsegpt", sparsity_schedule="constant"

@@ -26,6 +26,7 @@ from peft_prune.layers.layer import pruning_layers
 from peft_prune.training import start
 
 
+FIELDS = {"task_type": "CAUSAL_LM", "preset": "encoder", "sparsity": 0.5, "score_init": "wanda"}
 LOW_RANK = {"score": "low_rank", "score_rank": 3}
 AT_ONCE = {"sparsity_schedule": "constant"}
 
@@ -37,9 +38,7 @@ def batches(count=3, length=11):
 
 def llama(base=None, **fields):
     """A model whose scores start at Wanda's."""
-    return get_peft_model(
-        base or make_llama(), SMPConfig(**{"task_type": "CAUSAL_LM", "sparsity": 0.5, "score_init": "wanda"} | fields)
-    )
+    return get_peft_model(base or make_llama(), SMPConfig(**FIELDS | fields))
 
 
 def inputs_of_layers(model, names, texts):
@@ -98,7 +97,7 @@ def test_scores_start_at_the_ranking_of_the_inputs_of_the_dense_model(make, gran
 @pytest.mark.parametrize("extra", [{"allocation": "row"}, {"allocation": "row", **LOW_RANK}, {"granularity": "2:4"}])
 def test_a_schedule_that_begins_at_the_end_begins_with_the_mask_of_wanda(extra):
     fields = {"granularity": "2:4"} if "granularity" in extra else {"sparsity": 0.5}
-    pruned = get_peft_model(make_llama(), WandaConfig(task_type="CAUSAL_LM", **fields))
+    pruned = get_peft_model(make_llama(), WandaConfig(task_type="CAUSAL_LM", refine=None, **fields))
     calibrate(pruned, batches())
     model = llama(**AT_ONCE | extra)
     assert calibrate(model, batches()) == {"sparsity": 0.5}

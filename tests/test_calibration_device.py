@@ -74,8 +74,8 @@ def calibrated(name, config, device):
 
 
 CONFIGS = {
-    "wanda": lambda: WandaConfig(),
-    "wanda, swaps": lambda: WandaConfig(refine="swaps"),
+    "wanda": lambda: WandaConfig(refine=None),
+    "wanda, swaps": lambda: WandaConfig(),
     "wanda, low rank": lambda: WandaConfig(update="low_rank", r=4),
     "admm": lambda: SparseGPTConfig(solver="admm"),
     "sparsegpt": lambda: SparseGPTConfig(solver="sparsegpt", granularity="2:4"),

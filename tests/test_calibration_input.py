@@ -148,11 +148,11 @@ def test_fewer_examples_than_asked_for():
 def test_fewer_tokens_than_inputs():
     batch = {"input_ids": ids(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.int64)}
     batch["attention_mask"][:, 18:] = 0
-    for config in (SparseGPTConfig(num_samples=2), WandaConfig(num_samples=2, refine="swaps")):
+    for config in (SparseGPTConfig(num_samples=2), WandaConfig(num_samples=2)):
         (message,) = warned(config, [batch])  # 36 tokens are enough for 32 inputs, and every block is like the first
         assert "layers.0.mlp.down_proj' saw 36 tokens for 48 inputs; 48 are the least" in message
-    assert not warned(WandaConfig(num_samples=2), [batch])
-    (message,) = warned(WandaConfig(num_samples=1), [{"input_ids": ids(1, 20)}])
+    assert not warned(WandaConfig(num_samples=2, refine=None), [batch])
+    (message,) = warned(WandaConfig(num_samples=1, refine=None), [{"input_ids": ids(1, 20)}])
     assert "saw 20 tokens for 32 inputs; 32 are the least" in message
 
 
@@ -199,7 +199,7 @@ def make_quantized():
     return model
 
 
-@pytest.mark.parametrize("fields", [{}, {"refine": "swaps"}, {"update": "low_rank", "r": 4}, {"granularity": "2:4"}])
+@pytest.mark.parametrize("fields", [{}, {"refine": None}, {"update": "low_rank", "r": 4}, {"granularity": "2:4"}])
 def test_quantised_bases_are_calibrated_on_what_their_weights_stand_for(fields):
     """Without the libraries; tests/test_quantized.py has these."""
     plain = make_quantized()
@@ -266,7 +266,7 @@ def make_switch():
 def test_experts_that_are_modules_are_calibrated_on_the_tokens_that_they_saw():
     batches = [{"input_ids": ids(4, 24), "decoder_input_ids": ids(4, 20)}]
     targets = r"encoder\.block\.1\.layer\.1\.mlp\.experts\.expert_[01]\.wi"
-    model = get_peft_model(make_switch(), WandaConfig(target_modules=targets, num_samples=4))
+    model = get_peft_model(make_switch(), WandaConfig(target_modules=targets, num_samples=4, refine=None))
     calibrate(model, batches)
     plain, layers = make_switch(), pruning_layers(model)
     assert len(layers) == 2

@@ -9,14 +9,23 @@ import torch
 from helpers.architectures import ARCHITECTURES
 from helpers.commands import run
 from helpers.damage import DAMAGE
+from helpers.data import tokenizer
 from helpers.methods import final_adapter, prune, randomize_scores
-from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_masked_lm
+from helpers.models import BERT_TARGET_WEIGHTS, logits, make_bert, make_llama, make_masked_lm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, BartModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BartModel
 
 import peft_prune
-from peft_prune import PPruningConfig, calibrate, finalize, load_compact, model_size, update_schedule
+from peft_prune import (
+    PPruningConfig,
+    StructuredPruningConfig,
+    calibrate,
+    finalize,
+    load_compact,
+    model_size,
+    update_schedule,
+)
 from peft_prune.cli import main
 from peft_prune.layers.layer import pruning_layers
 
@@ -181,6 +190,36 @@ def test_export_compact(tmp_path, capsys, batch):
     small = load_compact(output)
     torch.testing.assert_close(logits(small, batch), expected, atol=1e-5, rtol=1e-5)
     assert model_size(small).parameters < model_size(base).parameters
+
+
+def test_export_to_transformers(tmp_path, capsys):
+    make_llama().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = {"task_type": "CAUSAL_LM", "keep_ratio": 0.6, "criterion": "magnitude", "repair": False}
+    model = get_peft_model(base, StructuredPruningConfig(**fields, shapes="uniform"))
+    calibrate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    run(capsys, "export", tmp_path / "adapter", "--to", "transformers", "--output", tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(small(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").vocab_size == tokenizer().vocab_size
+
+
+def test_export_to_gguf(tmp_path, capsys):
+    gguf = pytest.importorskip("gguf")
+    make_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fields = {"task_type": "CAUSAL_LM", "keep_ratio": 0.6, "criterion": "magnitude", "repair": False}
+    model = get_peft_model(base, StructuredPruningConfig(**fields))
+    calibrate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    path = run(capsys, "export", tmp_path / "adapter", "--to", "gguf", "--output", tmp_path / "out").out.strip()
+    sizes = {t.name: tuple(t.shape) for t in gguf.GGUFReader(path).tensors}
+    smaller = model.merge_and_unload()
+    for i, layer in enumerate(smaller.model.layers):
+        assert sizes[f"blk.{i}.ffn_down.weight"] == tuple(layer.mlp.down_proj.weight.T.shape)
 
 
 def test_export_compact_of_a_mask_that_leaves_no_unit_empty(saved, capsys):

@@ -1,6 +1,7 @@
 """Similarity, clustering and budget of P-pruning against computations by definition."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.spatial.distance import squareform
 
 from peft_prune.structure.budget import Plan, choose_units
 from peft_prune.structure.clustering import column_similarity, head_similarity, least_first, removal_order
+from peft_prune.structure.shapes import Shapes
 from peft_prune.structure.sites import HEADS, NEURONS, Site
 
 
@@ -116,6 +118,51 @@ def test_the_budget_is_met_and_not_by_far(keep, ratio):
     assert min(len(units) for units in kept.values()) >= 1
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("ratio", [None, 5.0])
+def test_neurons_in_multiples(keep, ratio):
+    generator = np.random.default_rng(0)
+    plans = [plan(f"h{i}", HEADS, 32, np.sort(generator.random(11))) for i in range(4)]
+    plans += [plan(f"n{i}", NEURONS, 3, (i + 1) * np.sort(generator.random(99))) for i in range(4)]
+    total = sum(p.cost * p.site.units for p in plans)
+    kept = choose_units(plans, keep, ratio, shapes=Shapes("free", 16))
+    counts = [len(kept[p.site.output]) for p in plans if p.site.kind == NEURONS]
+    assert all(count % 16 == 0 or count == 100 for count in counts)
+    assert keep != 0.6 or len(set(counts)) > 1
+    left = sum(p.cost * len(kept[p.site.output]) for p in plans)
+    assert keep * total - 16 * 3 <= left <= keep * total + 1
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_the_same_number_in_every_layer(keep, multiple):
+    generator = np.random.default_rng(0)
+    heads = [plan(f"h{i}", HEADS, 32, np.sort(generator.random(11))) for i in range(4)]
+    neurons = [plan(f"n{i}", NEURONS, 3, np.sort(generator.random(111))) for i in range(4)]
+    total = sum(p.cost * p.site.units for p in heads + neurons)
+    free = choose_units(heads + neurons, keep, None, shapes=Shapes("free", multiple))
+    mean = sum(12 - len(free[p.site.output]) for p in heads) / 4
+    kept = choose_units(heads + neurons, keep, None, shapes=Shapes("uniform", multiple))
+    (stay,), (left,) = ({len(kept[p.site.output]) for p in part} for part in (heads, neurons))
+    assert abs((12 - stay) - mean) < 1 and left % multiple == 0
+    assert 4 * (32 * stay + 3 * left) <= keep * total < 4 * (32 * stay + 3 * (left + multiple))
+    # of the two numbers of heads beside the mean, the one that loses less
+    lost = {}
+    for gone in (int(mean), int(mean) + 1):
+        rest = int((keep * total / 4 - 32 * (12 - gone)) / 3) // multiple * multiple
+        if 1 <= rest <= 112:
+            lost[gone] = sum(32 * p.heights[:gone].sum() for p in heads) + sum(
+                3 * p.heights[: 112 - rest].sum() for p in neurons
+            )
+    assert min(lost, key=lost.get) == 12 - stay
+    for p in heads + neurons:  # the first of its order go
+        assert kept[p.site.output].tolist() == list(range(p.site.units - len(kept[p.site.output]), p.site.units))
+
+
 def test_a_budget_out_of_reach_is_told():
     with pytest.raises(ValueError, match=r"keep_ratio=0.1 cannot be reached.*0\.2500 of the FLOPs"):
         choose_units([plan("a", HEADS, 10, [0.1, 0.2, 0.9])], 0.1, 5.0)
+    with pytest.raises(ValueError, match="shapes='uniform'.*shapes='free'"):
+        one = plan("a", NEURONS, 1, [0.1] * 19)
+        other = replace(plan("b", NEURONS, 1, [0.1] * 19), heights=np.array([0.1]), order=np.array([0]))
+        choose_units([one, other], 0.6, None, shapes=Shapes("uniform"))

@@ -110,3 +110,22 @@ def test_json_pickle_and_copy(config, tmp_path):
     assert type(loaded) is SMPConfig
     assert loaded.to_dict() == SMPConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_what_a_preset_fills_in():
+    encoder = SMPConfig(task_type="SEQ_CLS")
+    assert (encoder.score_init, encoder.allocation, encoder.sparsity_schedule) == ("magnitude", "local", "cubic")
+    assert encoder.penalty == 400.0 and encoder.score_betas is None
+    paper = SMPConfig(task_type="CAUSAL_LM", preset="paper")
+    assert (paper.score_init, paper.penalty, paper.sparsity_schedule) == ("zeros", 400.0, "cubic")
+    causal = SMPConfig(task_type="CAUSAL_LM")
+    assert (causal.score_init, causal.allocation, causal.sparsity_schedule) == ("wanda", "row", "constant")
+    assert causal.penalty == 0.0 and causal.score_betas == [0.9, 0.99]
+    causal.score_betas.append(0)  # a list of its own
+    assert SMPConfig(task_type="CAUSAL_LM").score_betas == [0.9, 0.99]
+    assert SMPConfig(task_type="CAUSAL_LM", granularity="2:4").allocation == "local"
+    given = SMPConfig(task_type="CAUSAL_LM", score_init="magnitude", penalty=3.0, allocation="score")
+    assert (given.score_init, given.penalty, given.allocation) == ("magnitude", 3.0, "score")
+    assert SMPConfig(**given.to_dict()).to_dict() == given.to_dict()
+    with pytest.raises(ValueError, match="preset='llm'.*'auto', 'encoder', 'causal_lm', 'paper'"):
+        SMPConfig(preset="llm")

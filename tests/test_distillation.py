@@ -228,7 +228,9 @@ def test_tokens_that_do_not_count_need_not_be_finite():
 
 
 def llama_adapter(**fields):
-    model = get_peft_model(make_llama(), SMPConfig(**{"task_type": "CAUSAL_LM", "sparsity": 0.6} | fields))
+    model = get_peft_model(
+        make_llama(), SMPConfig(**{"task_type": "CAUSAL_LM", "sparsity": 0.6, "preset": "encoder"} | fields)
+    )
     update_schedule(model, 10, 10)
     return model
 

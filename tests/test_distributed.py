@@ -78,7 +78,7 @@ def test_two_killed_processes_resume_to_the_same_masks(runs, strategy):
             assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("method", [*CALIBRATED, "low rank", "start", "start of low rank"])
+@pytest.mark.parametrize("method", [*CALIBRATED, "low rank", "owl", "start", "start of low rank"])
 def test_calibration_of_other_data_in_each_process_gives_one_choice(runs, method):
     first, second = (torch.load(runs / f"{method}-{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["masks"], second["masks"]) and 0 < (~first["masks"]).sum() < len(first["masks"])

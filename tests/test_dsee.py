@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -347,7 +348,9 @@ def test_a_lora_on_a_pruned_base_keeps_its_zeros(caplog):
         merged = merge_keeping_zeros(model)
     weight = merged.bert.encoder.layer[0].attention.self.query.weight
     torch.testing.assert_close(weight, (old + expected) * ~zeros)
-    assert "of the norm of the update" in caplog.text
+    assert ((merged.bert.encoder.layer[1].attention.self.query.weight == 0).float().mean(0)[::2] == 1).all()
+    lost = 100 * float((expected * zeros).norm() / expected.norm())  # of layers alike, about that of all of them
+    assert float(re.search(r"removed ([\d.]+)% of the norm", caplog.text)[1]) == pytest.approx(lost, rel=0.1)
 
 
 BAD = [

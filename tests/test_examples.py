@@ -107,16 +107,21 @@ def test_question_answering(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_causal_lm(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [[], ["--rank", "3"], ["--teacher"]])
+def test_causal_lm(options, tmp_path, monkeypatch, capsys):
     make_llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text("it was good film bad " * 400)
     run = main_of("causal_lm", monkeypatch)
     names = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
-    run([*names, "--steps", "30", "--length", "16", "--rank", "3"])
-    dense, pruned = (float(p) for p in re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out))
-    assert pruned < dense  # a random model that has seen nothing, and one that has
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    run([*names, "--steps", "30", "--length", "16", "--samples", "16", *options])
+    dense, wanda, learned, loaded = map(float, re.findall(r"perplexity ([\d.]+)", capsys.readouterr().out))
+    assert learned == loaded
+    if options != ["--teacher"]:  # a random model that has seen nothing, and one that has
+        assert learned < min(dense, wanda)
+    sparse = PeftModel.from_pretrained(make_llama(), tmp_path / "out").merge_and_unload()
+    rows = sparse.model.layers[0].mlp.up_proj.weight
+    assert ((rows == 0).sum(1) * 2 == rows.shape[1]).all()
 
 
 @pytest.mark.slow
@@ -185,6 +190,16 @@ def test_serving(tmp_path, monkeypatch, capsys):
     main_of("serving", monkeypatch)(["--tasks", "3", "--steps", "2", "--max-train", "64", "--output", str(tmp_path)])
     out = capsys.readouterr().out
     assert "one batch, 3 masks" in out and out.count("the same as alone") == 3
+
+
+@pytest.mark.slow
+def test_serving_two_masks_of_a_language_model(tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    names = ["--language-model", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    main_of("serving", monkeypatch)([*names, "--steps", "2", "--max-train", "64"])
+    out = capsys.readouterr().out
+    assert "encyclopedia: " in out and "reviews: " in out and out.count("the same as alone") == 2
 
 
 @pytest.mark.slow

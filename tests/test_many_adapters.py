@@ -17,7 +17,7 @@ def with_masks(base, names, at=0.6, **fields):
     """One backbone with final random masks."""
     model = None
     for seed, name in enumerate(names):
-        config = SMPConfig(sparsity=at, **fields)
+        config = SMPConfig(**{"sparsity": at, "preset": "encoder"} | fields)
         if model is None:
             model = get_peft_model(base, config, adapter_name=name)
         else:

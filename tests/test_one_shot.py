@@ -35,9 +35,12 @@ def output_loss(layer, x):
 CONFIGS = {
     "sparsegpt": lambda **f: SparseGPTConfig(task_type="CAUSAL_LM", solver="sparsegpt", value_dtype="float32", **f),
     "admm": lambda **f: SparseGPTConfig(task_type="CAUSAL_LM", solver="admm", value_dtype="float32", **f),
-    "wanda": lambda **f: WandaConfig(task_type="CAUSAL_LM", **f),
+    "wanda": lambda **f: WandaConfig(task_type="CAUSAL_LM", refine=None, **f),
     "swaps": lambda **f: WandaConfig(task_type="CAUSAL_LM", refine="swaps", **f),
-    "low rank": lambda **f: WandaConfig(task_type="CAUSAL_LM", update="low_rank", r=4, **f),
+    "low rank": lambda **f: WandaConfig(task_type="CAUSAL_LM", refine=None, update="low_rank", r=4, **f),
+    "admm, low rank": lambda **f: SparseGPTConfig(
+        task_type="CAUSAL_LM", value_dtype="float32", update="low_rank", r=4, **f
+    ),
 }
 
 
@@ -64,6 +67,7 @@ def test_the_order_of_losses_is_the_expected_one():
         losses[name] = output_loss(layer, first_inputs(layer.module_name))
     assert losses["admm"] < losses["sparsegpt"] < losses["wanda"]
     assert losses["swaps"] < losses["wanda"] and losses["low rank"] < losses["wanda"]
+    assert losses["admm, low rank"] < losses["admm"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -90,8 +94,24 @@ def test_blocks_behind_see_the_values_that_are_stored(dtype, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path), batches()[0]), expected)
 
 
-def test_a_low_rank_update_beside_a_calibrated_mask_can_be_trained():
-    model = get_peft_model(make_llama(), CONFIGS["low rank"](sparsity=0.5))
+def test_no_update_of_its_rank_makes_up_for_more_than_that_beside_new_values():
+    """Against the singular values of `(W − Ŵ)·√G`, Ŵ being the solver's values."""
+    model = get_peft_model(make_llama(), CONFIGS["admm, low rank"](sparsity=0.5))
+    calibrate(model, batches())
+    layer = next(layer for layer in pruning_layers(model) if layer.module_name.endswith("0.self_attn.q_proj"))
+    x = first_inputs(layer.module_name).double()
+    change = layer.held("B")["default"] @ layer.held("A")["default"] * (8.0 / 4)
+    values = layer.adapted("default", layer.matrix) - change
+    torch.testing.assert_close(values * ~layer.get_mask("default"), torch.zeros(layer.shape), atol=1e-6, rtol=0)
+    size, vectors = torch.linalg.eigh(x.T @ x)
+    root = vectors * size.clamp(min=0).sqrt() @ vectors.T
+    left = torch.linalg.svdvals((layer.matrix.detach() - values).double() @ root)[4:].square().sum()
+    assert output_loss(layer, x.float()) == pytest.approx(float(left), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["low rank", "admm, low rank"])
+def test_a_low_rank_update_beside_a_calibrated_mask_can_be_trained(name, tmp_path):
+    model = get_peft_model(make_llama(), CONFIGS[name](sparsity=0.5))
     calibrate(model, batches())
     masks = [layer.get_mask("default") for layer in pruning_layers(model)]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -106,6 +126,10 @@ def test_a_low_rank_update_beside_a_calibrated_mask_can_be_trained():
         losses.append(float(loss))
     assert losses[-1] < losses[0]
     assert all(torch.equal(a, layer.get_mask("default")) for a, layer in zip(masks, pruning_layers(model), strict=True))
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True).eval()
+    assert sum(p.requires_grad for p in loaded.parameters()) == len(trained)
+    torch.testing.assert_close(logits(loaded, batch), logits(model, batch))
 
 
 def test_encoders_too_and_single_modules_have_their_own_sparsity():

@@ -209,7 +209,7 @@ W, G, M = torch.ones(4, 8), torch.eye(8), torch.ones(4, 8, dtype=torch.bool)
         (lambda: owl_sparsities([0.1], 1.0), "sparsity=1.0"),
         (lambda: owl_sparsities([0.1], 0.5, spread=-1), "spread=-1"),
         (lambda: owl_sparsities([0.1], 0.5, sizes=[1, 2]), "sizes="),
-        (lambda: outlier_ratio(W * float("nan")), "importance holds NaN"),
+        (lambda: outlier_ratio([W * float("nan")]), "importance holds NaN"),
         (lambda: add_inputs(torch.zeros(3, 3), W), "torch.zeros"),
         (lambda: loss(W, W[:2], G), "values has shape"),
     ],

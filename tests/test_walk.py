@@ -9,12 +9,14 @@ from helpers.models import make_llama
 from peft import get_peft_model
 from torch import nn
 
-from peft_prune import PPruningConfig, SparseGPTConfig, WandaConfig, calibrate
+from peft_prune import PPruningConfig, SparseGPTConfig, StructuredPruningConfig, WandaConfig, calibrate
 from peft_prune.calibration import capture as capturing
 from peft_prune.calibration.capture import capture
 from peft_prune.calibration.observers import GramMatrices, InputNorms
 from peft_prune.calibration.walk import walk
 from peft_prune.layers.layer import pruning_layers
+from peft_prune.stages import across_layers
+from peft_prune.structure.sites import find_sites
 
 
 def llama_batches(count=4):
@@ -170,7 +172,7 @@ def test_forward_methods_that_others_put_in_place_are_left_there():
 def test_a_block_that_is_called_again_and_again_is_seen_each_time():
     """ALBERT has one block, called once a layer: the mask follows from the inputs of all calls."""
     batches = [{"input_ids": batch["input_ids"].clamp(min=3)} for batch in architectures.batches("albert", count=2)]
-    model = get_peft_model(architectures.make("albert"), WandaConfig(num_samples=8))
+    model = get_peft_model(architectures.make("albert"), WandaConfig(num_samples=8, refine=None))
     calibrate(model, batches)
     plain = architectures.make("albert")
     for layer in pruning_layers(model):
@@ -218,3 +220,25 @@ def test_blocks_that_change_their_input_in_place():
     for i in range(3):
         x = torch.cat(seen[i])
         torch.testing.assert_close(results[f"model.layers.{i}.linear"], x.T @ x)
+
+
+@pytest.mark.parametrize("name", sorted(architectures.ARCHITECTURES))
+def test_what_only_a_seen_layer_reads_is_run_once_with_the_same_outcome(name, monkeypatch):
+    outcomes, calls = [], []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(across_layers, "find_feeders", lambda model, sites: {})
+        model = get_peft_model(architectures.make(name), StructuredPruningConfig(keep_ratio=0.6, sequence_length=10))
+        named, runs = dict(model.named_modules()), Counter()
+        for path in {path for site in find_sites(model) for path in site.rows}:
+            named[path].register_forward_pre_hook(
+                lambda module, args, path=path, runs=runs: runs.update([path] if "forward" not in vars(module) else [])
+            )
+        calibrate(model, architectures.batches(name))
+        outcomes.append(architectures.logits(model, architectures.inputs(name)))
+        calls.append(runs)
+        assert not any("forward" in vars(module) for module in named.values())
+    assert torch.equal(*outcomes)
+    assert calls[0].keys() == calls[1].keys()
+    assert all(calls[0][path] <= calls[1][path] for path in calls[0])
+    assert sum(calls[0].values()) < 0.8 * sum(calls[1].values()) or name == "albert"  # is run as a whole

@@ -9,6 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..solvers.checks import all_finite
 from ..solvers.gram import add_triangle, loss, mirror_triangle
 from .checks import NO_TOKENS
 from .reservoir import TokenReservoir
@@ -222,7 +223,7 @@ class GramMatrices(Observer):
 
 def check_finite(key: str, values: torch.Tensor) -> None:
     """Raise `ValueError` if what a layer saw is not finite."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ValueError(
             f"calibrate: the input of {key!r} is not finite. The base model seems to be broken, or its activations are "
             "too large for its dtype: load it in bfloat16 or float32 instead of float16."

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
@@ -25,6 +25,7 @@ from .capture import Repeated, Stop, capture, to_device
 from .checks import check_counts, warn_of_few_examples
 from .observers import Counts, Observer
 from .place import device_of, moved
+from .replay import Feeders, Replay
 from .stacks import Stack, find_stacks
 
 
@@ -40,11 +41,13 @@ class Manner:
     Attributes:
         in_turn (`bool`): whether each layer of a block is seen by itself, in the order of the model, and behind those
             before it that `after_block` has changed.
+        feeders (`Mapping`): with `in_turn`, what need not be run again behind a layer that was seen, see [`Replay`].
         changes (`bool`): whether `after_block` changes anything; otherwise each block is run once.
         around_block (`Callable`): gives a context in which the block that holds the named layers is run.
     """
 
     in_turn: bool = False
+    feeders: Feeders = field(default_factory=dict)
     changes: bool = True
     around_block: AroundBlock = lambda names: nullcontext()
 
@@ -256,10 +259,12 @@ def _one_stack(
     for i, number in enumerate(numbers):
         block, names = stack.blocks[number], stack.layers.get(number, [])
         with moved(block, device) as place, manner.around_block(names):
+            replay = Replay({key: watched[key][0] for key in names}, manner.feeders)
             for part in manner.parts(names) if names else ():
                 with _Watch({key: watched[key] for key in part}, observer, to_end=not manner.changes) as watch:
                     for j, ((_, counts), call) in enumerate(zip(taken, calls[i], strict=True)):
-                        output = watch.run(counts, partial(_run, block, hidden[j], call, place))
+                        with replay.run(j, part):
+                            output = watch.run(counts, partial(_run, block, hidden[j], call, place))
                         hidden[j] = hidden[j] if manner.changes else output
                 loss = after_block(part)
                 if loss is not None:
@@ -267,7 +272,8 @@ def _one_stack(
             bar.update(bool(names))
             if number != last and (manner.changes or not names):
                 for j, call in enumerate(calls[i]):
-                    hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
+                    with replay.run(j):
+                        hidden[j] = _run(block, hidden[j], call, place)  # one by one, so that nothing is held twice
 
 
 def _run(block: nn.Module, hidden: torch.Tensor, call: Call, device: Any) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Host:
         rewritten (`torch.Tensor`, *optional*): values that calibration has found, as they will be stored: uint8.
         penalty_armed (`bool`): whether the next backward pass is to add the penalty's gradient.
         sharded (`bool`): whether FSDP or DeepSpeed manages what is trained, see `sharding.py`.
+        allotted (`float`, *optional*): sparsity that calibration gives the layer, where layers differ by what is seen.
         seen: what calibration has noted of the layer's inputs, until a mask is chosen by it.
         first_seen (`torch.Tensor`, *optional*): a few trained numbers as they were at first.
     """
@@ -53,6 +54,7 @@ class Host:
     rewritten: Optional[torch.Tensor] = None
     penalty_armed: bool = False
     sharded: bool = False
+    allotted: Optional[float] = None
     seen: Any = None
     first_seen: Optional[torch.Tensor] = None
 

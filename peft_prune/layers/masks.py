@@ -104,9 +104,11 @@ class AdapterMasks(AdapterTensors):
         return pattern.get(pattern_of(pattern, self.module_name))
 
     def target_sparsity(self, adapter_name: str) -> float:
-        """Final sparsity of this module: its own if it has one, otherwise the config's."""
-        own = self.own_sparsity(adapter_name)
-        return own if own is not None else self.config(adapter_name).sparsity
+        """Final sparsity of this module: its own if it has one, what calibration gave it, or the config's."""
+        for own in (self.own_sparsity(adapter_name), self.host[adapter_name].allotted):
+            if own is not None:
+                return own
+        return self.config(adapter_name).sparsity
 
     def has_scores(self, adapter_name: str) -> bool:
         """Whether an adapter has scores in training, whole or as factors."""

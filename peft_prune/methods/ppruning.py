@@ -86,7 +86,7 @@ class PPruningConfig(UnitsConfig):
         """Similarity of activations; a FLOPs budget; weights are left as they are, or repaired; at calibration."""
         return Recipe(
             Similarity(self.criterion, self.head_similarity, self.linkage, self.seed, self.num_tokens),
-            Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length),
+            Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, shapes=self.kept_shapes()),
             self.kept_weights(),
             Moment.CALIBRATION,
         )

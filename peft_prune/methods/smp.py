@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
@@ -16,17 +17,41 @@ from ..tuner.registration import register_method
 from ..updates.base import Keep
 
 
+def _by_preset(what: str) -> Any:
+    return field(default=None, metadata={"help": f"{what} By default as `preset` says."})
+
+
+# what fields hold that were left out
+_BASED_ON_PAPER = {
+    "allocation": "local", "sparsity_schedule": "cubic", "penalty": 400.0, "score_init": "magnitude",
+    "score_betas": None,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "encoder": _BASED_ON_PAPER,
+    "causal_lm": {
+        "allocation": "row", "sparsity_schedule": "constant", "penalty": 0.0, "score_init": "wanda",
+        "score_betas": [0.9, 0.99],
+    },
+    "paper": _BASED_ON_PAPER | {"score_init": "zeros"},
+}  # fmt: skip
+
+
 @dataclass
 class SMPConfig(TrainedConfig):
     """
     Configuration of Static Model Pruning (Jiang et al. 2023), which learns which weights of a frozen model to keep.
 
-    The fields are those of [`TrainedConfig`]. `allocation="score"` is the paper's SMP-S, `"local"` its SMP-L. The
-    defaults are the paper's: sparsity grows on a cubic over the first 60 % of training, the penalty on a cubic over all
-    of it to 400, scores learn at 2e-2. One is not: scores start at `|W| / std(W)`, since from 0 (`score_init="zeros"`,
-    the paper's) a short training does not get away from the noise of its first steps.
+    The fields are those of [`TrainedConfig`]. `allocation="score"` is the paper's SMP-S, `"local"` its SMP-L. Fields
+    that are left out (`None`) are filled in by `preset`.
 
     Args:
+        preset (`str`):
+            `"paper"`: sparsity grows on a cubic over the first 60 % of training, the penalty on a cubic over all of it
+            to 400, scores start at 0. `"encoder"`: the same, but scores start at `|W| / std(W)`, since from 0 a short
+            training does not get away from the noise of its first steps. `"causal_lm"`: scores start at Wanda's
+            ranking of what calibration sees, weights compete within a row, the sparsity is final from the first step
+            on, there is no penalty, and the scores' betas are 0.9 and 0.99. `"auto"`: `"causal_lm"` with
+            `task_type="CAUSAL_LM"`, otherwise `"encoder"`.
         score (`str`):
             `"movement"`: each weight has a score of its own, as in the paper. `"low_rank"`: the scores of a matrix are
             where they start, plus a product of rank `score_rank`, plus a number for each row and each column (PST, Li
@@ -42,19 +67,36 @@ class SMPConfig(TrainedConfig):
     """
 
     score: str = field(default="movement", metadata={"help": "'movement' or 'low_rank'."})
-    penalty: float = field(default=400.0, metadata={"help": "Final weight of the penalty on the scores."})
-    score_init: Union[str, float] = field(
-        default="magnitude", metadata={"help": "'magnitude', 'zeros' (the paper's), 'wanda', 'sparsegpt' or 'random'."}
+    preset: str = field(default="auto", metadata={"help": "'auto', 'encoder', 'causal_lm' or 'paper'."})
+    allocation: Optional[str] = _by_preset("'local', 'row', 'score' or 'global'.")  # type: ignore[assignment]
+    sparsity_schedule: Optional[str] = _by_preset("'cubic', 'linear' or 'constant'.")  # type: ignore[assignment]
+    penalty: Optional[float] = _by_preset("Final weight of the penalty on the scores.")  # type: ignore[assignment]
+    score_init: Optional[Union[str, float]] = _by_preset(  # type: ignore[assignment]
+        "'magnitude', 'zeros' (the paper's), 'wanda', 'sparsegpt' or 'random'."
     )
+    score_betas: Optional[list[float]] = _by_preset("Adam's betas for the scores.")
 
     def __post_init__(self, density=None):
         check_choice("score", self.score, ("movement", "low_rank"))
+        check_choice("preset", self.preset, ("auto", *PRESETS))
+        self._fill_in()
         super().__post_init__(density)
         self.peft_type = PeftType("SMP")
 
+    def _fill_in(self) -> None:
+        preset = self.preset
+        if preset == "auto":
+            preset = "causal_lm" if self.task_type == "CAUSAL_LM" else "encoder"
+        values = PRESETS[preset]
+        if self.granularity != "weight":  # blocks, heads and n:m groups compete in the matrix, or in their group
+            values = values | {"allocation": "local"}
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, copy(value))
+
     def recipe(self) -> Recipe:
         """Learned scores; the largest stay; weights are left as they are; at every step."""
-        return Recipe(self.learned_scores(), TopK(self.allocation, self.granularity), Keep(), Moment.EVERY_STEP)
+        return Recipe(self.learned_scores(), TopK(str(self.allocation), self.granularity), Keep(), Moment.EVERY_STEP)
 
 
 class SMPModel(PruningModel):

@@ -16,6 +16,7 @@ from ..storage.values import VALUE_DTYPES
 from ..tuner.model import PruningModel
 from ..tuner.registration import register_method
 from ..updates.rewrite import Rewrite
+from ..updates.together import Together
 
 
 SOLVERS = ("admm", "sparsegpt")
@@ -36,6 +37,11 @@ class SparseGPTConfig(OneShotConfig):
             Columns that share a threshold with `solver="sparsegpt"`.
         value_dtype (`str`):
             How kept values are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each row.
+        update (`str`):
+            `"low_rank"` adds a LoRA beside the mask, which starts by making up for part of what the new values cannot,
+            in closed form, and can be trained. `"none"` adds nothing.
+        r (`int`): rank of `update="low_rank"`.
+        lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
     """
 
     solver: str = field(default="admm", metadata={"help": "'admm' or 'sparsegpt' (the paper's)."})
@@ -53,8 +59,9 @@ class SparseGPTConfig(OneShotConfig):
 
     def recipe(self) -> Recipe:
         """The loss of the output; top-k in blocks, rows or groups; kept weights are rewritten; at calibration."""
-        rule = Solved(self.granularity, "row", self.solver, self.damping, self.block_size)
-        return Recipe(Hessian(), rule, Rewrite(self.value_dtype), Moment.CALIBRATION)
+        rule = Solved(self.granularity, "row", self.allocation, self.solver, self.damping, self.block_size)
+        rewritten, beside = Rewrite(self.value_dtype), self.beside_mask()
+        return Recipe(Hessian(), rule, Together(rewritten, beside) if beside else rewritten, Moment.CALIBRATION)
 
 
 class SparseGPTModel(PruningModel):

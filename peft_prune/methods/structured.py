@@ -119,7 +119,10 @@ class StructuredPruningConfig(UnitsConfig):
         layers = None
         if self.keep_layers is not None:
             layers = WholeLayers(self.keep_layers, BLOCKS[self.layer_criterion](), self.layer_samples)
-        rule = Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, self.budget, self.min_share, layers)
+        rule = Budget(
+            self.keep_ratio, self.lambda_ffn, self.sequence_length, self.budget, self.min_share, layers,
+            self.kept_shapes(),
+        )  # fmt: skip
         return Recipe(importance, rule, self.kept_weights(), Moment.CALIBRATION)
 
 

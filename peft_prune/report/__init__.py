@@ -2,6 +2,8 @@
 
 from .adapter_file import AdapterFile, read_adapter
 from .card import write_model_card
+from .export import export_onnx
+from .gguf import save_gguf
 from .methods import methods_table
 from .plots import plot_density, plot_units
 from .scores import plot_scores
@@ -14,6 +16,7 @@ __all__ = [
     "AdapterFile",
     "LayerDensity",
     "UnitCount",
+    "export_onnx",
     "layer_densities",
     "methods_table",
     "plot_density",
@@ -21,6 +24,7 @@ __all__ = [
     "plot_training",
     "plot_units",
     "read_adapter",
+    "save_gguf",
     "summary_table",
     "training_curves",
     "units_alive",

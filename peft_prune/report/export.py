@@ -15,7 +15,9 @@ import transformers
 from peft import PeftModel
 
 from ..structure.record import FIELD
+from ..structure.standard import save_standard
 from .adapter_file import AdapterFile
+from .gguf import save_gguf
 
 
 _CLASSES = {
@@ -131,7 +133,8 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         adapter ([`AdapterFile`]): the adapter.
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
         to (`str`): `"dense"`, a Transformers model with zeros in it, `"compact"`, one without the heads and neurons
-            that are gone, for [`load_compact`], or `"onnx"`, the same in onnxruntime's form.
+            that are gone, for [`load_compact`], `"transformers"`, the same as an ordinary checkpoint with a tokenizer,
+            see [`save_standard`], `"gguf"`, llama.cpp's form, see [`save_gguf`], or `"onnx"`, onnxruntime's.
         output (`str`): folder to write.
 
     Returns:
@@ -143,12 +146,12 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         ImportError: a package that the export needs is not installed.
     """
     check_output(output, [base, adapter.config.base_model_name_or_path, adapter.source])
-    if to == "onnx" and importlib.util.find_spec("onnx") is None:  # told before any work
-        raise ImportError("--to onnx needs the package onnx, which is not installed: pip install 'peft_prune[onnx]'")
+    if to in ("onnx", "gguf") and importlib.util.find_spec(to) is None:  # told before any work
+        raise ImportError(f"--to {to} needs the package {to}, which is not installed: pip install 'peft_prune[{to}]'")
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
-    # an ONNX file needs no anatomy: it is made smaller if the method removes heads and neurons, and not otherwise
-    shrink = {"dense": False, "compact": True}.get(to)
+    # ONNX and GGUF files need no anatomy: the model is made smaller if the method removes units, and not otherwise
+    shrink = {"dense": False, "compact": True, "transformers": True}.get(to)
     loaded, random = load_with_base(adapter, base)
     if random:
         raise ValueError(
@@ -157,15 +160,31 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
             "or name these modules in modules_to_save, so that the adapter holds them."
         )
     model = cast(Any, loaded).merge_and_unload(safe_merge=True, shrink=shrink).eval()
-    if to == "compact" and not getattr(model.config, FIELD, None):
+    if to in ("compact", "transformers") and not getattr(model.config, FIELD, None):
         raise ValueError(
             "No head and no neuron of this model is without weights, so it cannot be made smaller. Use --to dense."
         )
     Path(output).mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         return export_onnx(model, Path(output) / "model.onnx")
-    model.save_pretrained(output)
+    tokenizer = _tokenizer([adapter.source, base or adapter.config.base_model_name_or_path])
+    if to == "gguf":
+        return str(save_gguf(model, Path(output) / "model.gguf", tokenizer))
+    if to == "transformers":
+        save_standard(model, output, tokenizer)
+    else:
+        model.save_pretrained(output)
     return output
+
+
+def _tokenizer(sources: list[Optional[str]]) -> Any:
+    """The tokenizer that lies beside an adapter, or else beside its base model; `None` if there is none."""
+    for source in filter(None, sources):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
 
 
 def check_output(output: str, sources: list[Optional[str]]) -> None:
@@ -218,12 +237,12 @@ class _Tensors(torch.nn.Module):
         return tuple(value for value in outputs.values() if isinstance(value, torch.Tensor))
 
 
-def export_onnx(model: Any, path: Path) -> str:
+def export_onnx(model: Any, path: str | os.PathLike) -> str:
     """Write a model that takes `input_ids` and `attention_mask`, of any batch and length, as an ONNX file.
 
     Args:
         model (`PreTrainedModel`): dense or compact. Its outputs keep their names, such as `logits`.
-        path (`Path`): file to write.
+        path (`str` or `os.PathLike`): file to write, in a folder that is there.
 
     Returns:
         `str`: the path.

@@ -31,8 +31,8 @@ _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "PPRUNING": ({}, {"repair": True}),
     "STRUCTURED": ({"criterion": "loss"}, {"criterion": "activation"}, {"repair": False}, {"keep_layers": 24}),
-    "WANDA": ({}, {"refine": "swaps"}, {"update": "low_rank"}),
-    "SPARSEGPT": ({"solver": "admm"}, {"solver": "sparsegpt"}),
+    "WANDA": ({}, {"refine": None}, {"update": "low_rank"}),
+    "SPARSEGPT": ({"solver": "admm"}, {"solver": "sparsegpt"}, {"update": "low_rank"}),
 }
 
 

@@ -28,6 +28,8 @@ class Rule:
     expects_removal: ClassVar[bool] = False
     # whether layers are compared with each other, so that all have to be seen before the first mask is chosen
     across_layers: ClassVar[bool] = False
+    # whether blocks are given sparsities by what calibration sees of them, before the first mask is chosen
+    by_outliers: ClassVar[bool] = False
     # whether it looks at the base weights, whatever the importance does
     needs_weights: ClassVar[bool] = False
     # whether whole heads or neurons may go, so that merging makes the model smaller

@@ -14,6 +14,7 @@ from transformers.utils.logging import tqdm
 from ..layers.sharding import agreed
 from ..structure.budget import Plan, choose_units
 from ..structure.flops import unit_cost, unit_macs, unit_parameters
+from ..structure.shapes import FREE, Shapes
 from ..structure.sites import HEADS, Site, find_sites
 from .base import Rule
 from .whole_layers import WholeLayers
@@ -36,6 +37,7 @@ class Budget(Rule):
         budget (`str`): what is counted, `"flops"` or `"parameters"`.
         min_share (`float`): share of the units of each layer that stays in any case; at least one does.
         layers ([`WholeLayers`], *optional*): blocks that go as a whole, before the rest of the budget is met.
+        shapes ([`Shapes`]): whether layers may keep different numbers of units.
     """
 
     keep_ratio: float = 0.5
@@ -44,6 +46,7 @@ class Budget(Rule):
     budget: str = "flops"
     min_share: float = 0.0
     layers: Optional[WholeLayers] = None
+    shapes: Shapes = FREE
 
     finds_sparsity = True
     structured = True
@@ -103,7 +106,8 @@ class Budget(Rule):
             heights, order = importance.order(model, sites[module], (seen or {}).get(module), generator)
             plans.append(self._plan(model, sites[module], heights, order, importance.comparable))
         cost = sum(removed.values())
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, _COUNTED[self.budget], cost))
+        what = _COUNTED[self.budget]
+        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, what, cost, self.shapes))
         masks = {}
         for layer in layers:
             site = sites[layer.module_name]

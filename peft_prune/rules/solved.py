@@ -57,9 +57,9 @@ class Solved(TopKOnce):
     @property
     def label(self) -> str:  # type: ignore[override]
         """In words."""
-        if ":" in self.granularity:
-            return f"top-k in the {self.granularity} group"
-        return "top-k in a block of columns" if self.solver == "sparsegpt" else "top-k in the row"
+        if self.solver == "sparsegpt" and ":" not in self.granularity:
+            return super().label.replace("the row", "a block of columns")
+        return super().label
 
     def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Mask (bool) and values (float32) of a layer, both of shape (out, in)."""

@@ -106,15 +106,23 @@ class TopKOnce(Rule):
     Args:
         granularity (`str`): `"weight"`, or an n:m pattern.
         group (`str`): what competes where units are single weights: `"row"` or `"matrix"`.
+        allocation (`str`): `"local"`: all matrices alike. `"owl"`: blocks with more outliers keep more.
     """
 
     granularity: str = "weight"
     group: str = "row"
+    allocation: str = "local"
 
     @property
     def label(self) -> str:  # type: ignore[override]
         """In words."""
-        return f"top-k in the {self.granularity + ' group' if ':' in self.granularity else self.group}"
+        group = self.granularity + " group" if ":" in self.granularity else self.group
+        return f"top-k in the {group}" + (", shared out by outliers" if self.by_outliers else "")
+
+    @property
+    def by_outliers(self) -> bool:  # type: ignore[override]
+        """Whether blocks are given sparsities first."""
+        return self.allocation == "owl"
 
     def choose(self, layer: Any, name: str) -> torch.Tensor:
         """Bool, shape (out, in)."""

@@ -28,8 +28,13 @@ def check_problem(weight: torch.Tensor, gram: torch.Tensor, mask: Optional[torch
 
 def check_finite(name: str, values: torch.Tensor) -> None:
     """Raise `ValueError` if a tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ValueError(f"{name} holds NaN or infinity. Check the base model and the calibration data.")
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity. A finite sum says so, and is many times quicker."""
+    return bool(torch.isfinite(values.detach().sum())) or bool(torch.isfinite(values).all())
 
 
 def check_damping(damping: Any) -> None:

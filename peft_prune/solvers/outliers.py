@@ -10,11 +10,12 @@ import torch
 from .checks import check_finite
 
 
-def outlier_ratio(importance: torch.Tensor, multiple: float = 5.0) -> float:
-    """Share of a layer's weights whose importance is above `multiple` times the mean (section 3.2).
+def outlier_ratio(importance: Sequence[torch.Tensor], multiple: float = 5.0) -> float:
+    """Share of a block's weights whose importance is above `multiple` times the mean (section 3.2).
 
     Args:
-        importance (`torch.Tensor`): floating point, any shape, not negative; Wanda's `|W|·‖x‖` in the paper.
+        importance (`Sequence[torch.Tensor]`): of each matrix of the block, floating point, any shape, not negative;
+            Wanda's `|W|·‖x‖` in the paper.
         multiple (`float`): M; 5 or 7 in the paper.
 
     Returns:
@@ -23,9 +24,11 @@ def outlier_ratio(importance: torch.Tensor, multiple: float = 5.0) -> float:
     Raises:
         ValueError: the importance is not finite.
     """
-    check_finite("importance", importance)
-    values = importance.detach().float()
-    return float((values > multiple * values.mean()).double().mean())
+    total, count = 0.0, sum(part.numel() for part in importance)
+    for part in importance:
+        check_finite("importance", part)
+        total += float(part.detach().double().sum())
+    return sum(int((part > multiple * total / count).sum()) for part in importance) / count
 
 
 def owl_sparsities(

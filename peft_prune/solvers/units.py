@@ -16,6 +16,7 @@ from .gram import cholesky, damped
 
 
 _ROUNDS = 100  # of removal: 16 of 1,536 neurons at a time choose as well as one at a time
+_DENSE_ENOUGH = 0.8  # share of units left below which matrices are made smaller
 
 
 def removal_order(
@@ -50,20 +51,31 @@ def removal_order(
     units, count, step = _check(weight, gram, groups, count, step)
     w, inverse = weight.detach().to(gram).clone(), torch.cholesky_inverse(cholesky(damped(gram, damping)))
     groups = groups.to(gram.device)
+    names = torch.arange(units, device=gram.device)  # of the units that the matrices still hold
     alive = torch.ones(units, dtype=torch.bool, device=gram.device)
     order, losses = [], []
-    left = count
-    while left:
+    while count:
         scores = _losses(w, inverse, groups).masked_fill_(~alive, float("inf"))
-        chosen = scores.topk(min(step, left), largest=False).indices
-        columns = groups[chosen].flatten()
-        order.append(chosen)
-        losses.append(_remove(w, inverse, columns).expand(len(chosen)) / len(chosen))
+        chosen = scores.topk(min(step, count), largest=False).indices
+        order.append(names[chosen])
+        losses.append(_remove(w, inverse, groups[chosen].flatten()).expand(len(chosen)) / len(chosen))
         alive[chosen] = False
-        left -= len(chosen)
+        count -= len(chosen)
+        if count and int(alive.sum()) < _DENSE_ENOUGH * len(alive):
+            w, inverse, groups = _without_holes(w, inverse, groups, alive)
+            names, alive = names[alive], alive[alive]
     if not order:
         return groups.new_zeros(0), gram.new_zeros(0)
     return torch.cat(order), torch.cat(losses)
+
+
+def _without_holes(
+    w: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor, alive: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same problem without the columns of units that are gone; columns of no unit stay."""
+    stays = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+    stays[groups[~alive].flatten()] = False
+    return w[:, stays], inverse[stays][:, stays], (stays.cumsum(0) - 1)[groups[alive]]
 
 
 def _losses(w: torch.Tensor, inverse: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

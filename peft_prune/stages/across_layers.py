@@ -10,6 +10,7 @@ from torch import nn
 
 from ..calibration.batches import first_examples
 from ..calibration.observers import GramMatrices
+from ..calibration.replay import find_feeders
 from ..calibration.walk import Manner, Watched, walk
 from ..importance.units import UnitImportance
 from ..layers.layer import PruningLayer
@@ -57,7 +58,8 @@ def choose_across_layers(
         seen = _look(model, name, by_path, watched, sites, batches, device)
     set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
     if recipe.update.fits:
-        return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, Manner(in_turn=True))
+        manner = Manner(in_turn=True, feeders=find_feeders(model, sites.values()))
+        return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, manner)
     return {}
 
 

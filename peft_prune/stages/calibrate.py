@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ..calibration.batches import first_examples
 from ..calibration.checks import check_device
 from ..calibration.walk import Watched
 from ..layers.layer import PruningLayer, pruning_layers
@@ -21,6 +22,7 @@ from .finalize import switch_over, tell_sparsity
 from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
 from .start import adapters_that_wait, calibrate_start
+from .survey import allot_by_outliers
 
 
 def calibrate(
@@ -113,6 +115,9 @@ def _choose(
     watched, by_path = _watched(model, layers), _by_path(model, layers)
     if recipe.by_block:
         _check_active(name, layers)
+    if recipe.rule.by_outliers:
+        batches = first_examples(batches, layers[0].config(name).num_samples)
+        allot_by_outliers(model, name, by_path, watched, batches, device)
     choose = choose_across_layers if recipe.rule.across_layers else choose_layer_by_layer
     return choose(model, name, by_path, watched, batches, device)
 
@@ -165,7 +170,7 @@ def _taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None
         yield
     except BaseException:
         for layer, held in zip(layers, before, strict=True):
-            layer.host[name].seen = None
+            layer.host[name].seen = layer.host[name].allotted = None
             layer.host[name].drop_decoded()
             layer.cached_weight.clear()
             if "bits" not in held and name in layer.held("bits"):

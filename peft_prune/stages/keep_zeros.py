@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,20 +35,48 @@ def merge_keeping_zeros(model: nn.Module, **kwargs: Any) -> nn.Module:
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m.get_base_layer(), "weight")]
     if any(layer.merged for layer in layers):
         raise ValueError("merge_keeping_zeros: adapters are merged already. Call model.unmerge_adapter() first.")
-    before = [
-        (layer.get_base_layer(), cast(torch.Tensor, layer.get_base_layer().weight).detach().clone()) for layer in layers
-    ]
-    if not any(bool((weight == 0).any()) for _, weight in before):
+    if not any(bool((_weight(layer) == 0).any()) for layer in layers):
         raise ValueError("merge_keeping_zeros: no adapted weight of the base is zero. Use merge_and_unload().")
-    merged = cast(Any, model).merge_and_unload(**kwargs)
-    whole = lost = 0.0
-    with torch.no_grad():
-        for module, old in before:
-            weight, zeros = cast(torch.Tensor, module.weight), old == 0
-            whole += float((weight - old).float().square().sum())
-            lost += float(weight[zeros].float().square().sum())
-            weight[zeros] = 0
+    squares = _Squares()
+    for layer in layers:
+        cast(Any, layer).merge = partial(_merge_one, layer, layer.merge, squares)
+    try:
+        merged = cast(Any, model).merge_and_unload(**kwargs)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("merge", None)
+    if squares.layers != len(layers):
+        raise ValueError(
+            f"merge_keeping_zeros: {len(layers) - squares.layers} of {len(layers)} adapted layers were merged in a way "
+            "of their own, and may have filled zeros. Merge this kind of adapter with merge_and_unload()."
+        )
     _logger.warning(
-        "merge_keeping_zeros removed %.2f%% of the norm of the update.", 100 * (lost / (whole or 1.0)) ** 0.5
+        "merge_keeping_zeros removed %.2f%% of the norm of the update.",
+        100 * (squares.lost / (squares.whole or 1.0)) ** 0.5,
     )
     return merged
+
+
+@dataclass
+class _Squares:
+    """Squared norms of the updates of some layers, and of what of them was lost."""
+
+    layers: int = 0
+    whole: float = 0.0
+    lost: float = 0.0
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    return layer.get_base_layer().weight.detach()
+
+
+@torch.no_grad()
+def _merge_one(layer: Any, merge: Callable[..., None], squares: _Squares, *args: Any, **kwargs: Any) -> None:
+    """Merge a layer, so that of one weight at a time there is a copy."""
+    old = _weight(layer).clone()
+    merge(*args, **kwargs)
+    weight, zeros = _weight(layer), old == 0
+    squares.layers += 1
+    squares.whole += float((weight - old).float().square().sum())
+    squares.lost += float(weight[zeros].float().square().sum())
+    weight[zeros] = 0

@@ -91,7 +91,7 @@ def load_compact(
     setattr(config, SEAL, None)  # of these files, and not of what is saved next
     for entry in record.values():
         read_record(entry)  # raises
-    original = _resolve_class(config, model_class)
+    original = resolve_class(config, model_class)
 
     def init(self: Any, config: PretrainedConfig, *args: Any, **init_kwargs: Any) -> None:
         original.__init__(self, config, *args, **init_kwargs)
@@ -105,7 +105,16 @@ def load_compact(
     return loaded
 
 
-def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTrainedModel]:
+def resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTrainedModel]:
+    """The class that a saved model is loaded as.
+
+    Args:
+        config (`PretrainedConfig`): its config, whose `architectures` counts where no class is given.
+        model_class (`type`, *optional*): a class, or an `AutoModelFor...`.
+
+    Raises:
+        ValueError: the config names no class of Transformers.
+    """
     if model_class is not None and hasattr(model_class, "_model_mapping"):
         return _get_model_class(config, model_class._model_mapping)
     if model_class is not None:
@@ -115,8 +124,8 @@ def _resolve_class(config: PretrainedConfig, model_class: Any) -> type[PreTraine
     found = getattr(transformers, one, None) if isinstance(one, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The config's architectures={names!r} name no model class of Transformers. Give load_compact a "
-            "`model_class`, such as AutoModelForSequenceClassification."
+            f"The config's architectures={names!r} name no model class of Transformers. Give a `model_class`, "
+            "such as AutoModelForSequenceClassification."
         )
     return found
 

@@ -142,7 +142,8 @@ class LowRank(Update):
         if not self.changes_weights(layer, name):
             return
         weight, inputs = layer.matrix.detach().float(), layer.host[name].seen
-        pruned = weight * layer.get_mask(name)
+        kept = layer.host[name].recipe.update.inside(layer, name, weight).detach()  # rewritten, perhaps
+        pruned = kept * layer.get_mask(name)
         a, b = low_rank_error(weight, pruned, inputs.to(weight.device), self.r, damping=0.01)
         with torch.no_grad():
             layer.held("A")[name].copy_(a)

@@ -28,7 +28,7 @@ OF_UNITS = ("ppruning", "structured")  # what heads and neurons end in is all th
 def config(method, **fields):
     """A config that prunes enough to be seen."""
     if method == "smp":
-        return SMPConfig(**{"sparsity": 0.6} | fields)
+        return SMPConfig(**{"sparsity": 0.6, "preset": "encoder"} | fields)  # no inputs to start from
     if method == "movement":
         return MovementPruningConfig(**{"sparsity": 0.6} | fields)
     if method == "dsee":

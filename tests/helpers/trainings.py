@@ -63,7 +63,7 @@ class Training:
 
 
 def smp(base="bert", seed=0, **fields):
-    fields = {"sparsity": 0.6, "score_lr": 2.0, "penalty": 40.0} | fields
+    fields = {"sparsity": 0.6, "score_lr": 2.0, "penalty": 40.0, "preset": "encoder"} | fields
     return Training(lambda: SMPConfig(**_task(base) | fields), base, seed)
 
 
