@@ -11,9 +11,9 @@ from helpers.architectures import ARCHITECTURES, GENERATE, PRENORM, batches, inp
 from helpers.models import make_bert, make_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel, OPTConfig, OPTForCausalLM
 
-from peft_prune import StructuredPruningConfig, calibrate, load_compact, model_size, save_compact, shrink
+from peft_prune import StructuredPruningConfig, calibrate, load_compact, model_size, save_compact, save_standard, shrink
 from peft_prune.layers.layer import pruning_layers
 from peft_prune.structure.depth import find_stack, remove_blocks
 from peft_prune.structure.flops import unit_macs
@@ -238,6 +238,18 @@ def test_heads_and_neurons_meet_the_rest_of_the_budget(criterion, tmp_path):
     torch.testing.assert_close(logits(loaded, data[0]), masked, atol=1e-5, rtol=1e-5)
     assert loaded.config.num_hidden_layers == 3
     assert json.loads(json.dumps(loaded.config.peft_prune_structure))["layers"]["units"] == 4
+
+
+@pytest.mark.parametrize("keep_ratio", [0.6, 1.0])
+def test_shorter_models_are_ordinary_checkpoints(keep_ratio, tmp_path):
+    fields = {"keep_ratio": keep_ratio, "shapes": "uniform", "value_dtype": "float32"}
+    model, shares = adapter(deep(), 3, texts(), **fields)
+    assert shares["flops"] == pytest.approx(min(0.75, keep_ratio), abs=0.05)
+    masked = logits(model, texts()[0])
+    save_standard(model.merge_and_unload(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == 3
+    torch.testing.assert_close(logits(loaded, texts()[0]), masked, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_meet_the_budget_leave_the_rest_alone():
