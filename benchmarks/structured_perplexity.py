@@ -41,7 +41,9 @@ METHODS: dict[str, Any] = {
     "magnitude, repair": lambda **f: StructuredPruningConfig(criterion="magnitude", **f),
     "magnitude": lambda **f: StructuredPruningConfig(criterion="magnitude", repair=False, **f),
     "random, repair": lambda **f: StructuredPruningConfig(criterion="random", **f),
-    "layers by loss": lambda **f: StructuredPruningConfig(keep_layers=round(f["keep_ratio"] * LAYERS), **f),
+    "layers by loss": lambda **f: StructuredPruningConfig(
+        keep_layers=round(f["keep_ratio"] * LAYERS), layer_criterion="loss", **f
+    ),
     "layers by block influence": lambda **f: StructuredPruningConfig(
         keep_layers=round(f["keep_ratio"] * LAYERS), layer_criterion="influence", **f
     ),

@@ -11,9 +11,9 @@ from helpers.architectures import ARCHITECTURES, GENERATE, PRENORM, batches, inp
 from helpers.models import make_bert, make_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel, OPTConfig, OPTForCausalLM
 
-from peft_prune import StructuredPruningConfig, calibrate, load_compact, model_size, save_compact, shrink
+from peft_prune import StructuredPruningConfig, calibrate, load_compact, model_size, save_compact, save_standard, shrink
 from peft_prune.layers.layer import pruning_layers
 from peft_prune.structure.depth import find_stack, remove_blocks
 from peft_prune.structure.flops import unit_macs
@@ -21,7 +21,7 @@ from peft_prune.structure.sites import find_sites, linear_matrix
 
 
 def adapter(base, keep_layers, data, **fields):
-    fields = {"keep_ratio": 1.0, "sequence_length": 10, "layer_samples": 16} | fields
+    fields = {"keep_ratio": 1.0, "sequence_length": 10, "layer_samples": 16, "layer_criterion": "loss"} | fields
     model = get_peft_model(base, StructuredPruningConfig(keep_layers=keep_layers, **fields))
     return model, calibrate(model, data)
 
@@ -208,7 +208,7 @@ def test_a_model_without_a_head_is_judged_by_its_hidden_states():
 
 def test_only_some_examples_decide():
     seen = []
-    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=3, keep_ratio=1.0, layer_samples=2))
+    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=3, keep_ratio=1.0, layer_samples=2))  # influence
     embeddings = model.get_base_model().model.embed_tokens
     embeddings.register_forward_hook(lambda m, args, output: seen.append(args[0]))
     calibrate(model, texts())
@@ -238,6 +238,18 @@ def test_heads_and_neurons_meet_the_rest_of_the_budget(criterion, tmp_path):
     torch.testing.assert_close(logits(loaded, data[0]), masked, atol=1e-5, rtol=1e-5)
     assert loaded.config.num_hidden_layers == 3
     assert json.loads(json.dumps(loaded.config.peft_prune_structure))["layers"]["units"] == 4
+
+
+@pytest.mark.parametrize("keep_ratio", [0.6, 1.0])
+def test_shorter_models_are_ordinary_checkpoints(keep_ratio, tmp_path):
+    fields = {"keep_ratio": keep_ratio, "shapes": "uniform", "value_dtype": "float32"}
+    model, shares = adapter(deep(), 3, texts(), **fields)
+    assert shares["flops"] == pytest.approx(min(0.75, keep_ratio), abs=0.05)
+    masked = logits(model, texts()[0])
+    save_standard(model.merge_and_unload(), tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == 3
+    torch.testing.assert_close(logits(loaded, texts()[0]), masked, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_meet_the_budget_leave_the_rest_alone():
@@ -316,7 +328,7 @@ BAD = [
     ({"keep_layers": 2.0}, "keep_layers=2.0 must be a whole number"),
     ({"keep_layers": "2"}, "keep_layers='2' must be a whole number"),
     ({"keep_layers": True}, "keep_layers=True must be a whole number"),
-    ({"layer_criterion": "random"}, "layer_criterion='random' is unknown. Use one of 'loss', 'influence'"),
+    ({"layer_criterion": "random"}, "layer_criterion='random' is unknown. Use one of 'influence', 'loss'"),
     ({"layer_samples": 0}, "layer_samples=0"),
 ]
 
@@ -367,7 +379,8 @@ def test_layers_that_are_not_there_are_told():
 
 
 def test_an_interrupted_choice_leaves_nothing_behind():
-    model = get_peft_model(deep(), StructuredPruningConfig(keep_layers=2, keep_ratio=1.0))
+    config = StructuredPruningConfig(keep_layers=2, keep_ratio=1.0, layer_criterion="loss")
+    model = get_peft_model(deep(), config)
     calls, last = [], model.get_base_model().model.layers[3]
 
     def interrupt(module, args, kwargs):

@@ -22,7 +22,7 @@ from ..tuner.registration import register_method
 from ..tuner.units import UnitPruningModel
 
 
-BLOCKS = {"loss": BlockLoss, "influence": BlockInfluence}
+BLOCKS = {"influence": BlockInfluence, "loss": BlockLoss}
 CRITERIA = (*LOSSES, "similarity", "magnitude", "random")
 
 
@@ -57,8 +57,9 @@ class StructuredPruningConfig(UnitsConfig):
             `keep_ratio`: what they leave of the budget is met by heads and neurons, so `keep_ratio=1.0` removes layers
             only. For models with one stack of blocks and their norms before attention and feed-forward.
         layer_criterion (`str`):
-            `"loss"`: one layer after the other, the one without which the model's answers change least (KL divergence
-            from the dense model). `"influence"`: those that change the direction of hidden states least (ShortGPT).
+            `"influence"`: the layers that change the direction of hidden states least (ShortGPT). `"loss"`: one layer
+            after the other, the one without which the model's answers change least (KL divergence from the dense
+            model).
         layer_samples (`int`):
             Number of examples that layers are chosen on.
         sequence_length (`int`):
@@ -94,7 +95,7 @@ class StructuredPruningConfig(UnitsConfig):
     min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that stays."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
     keep_layers: Optional[int] = field(default=None, metadata={"help": "Layers that stay; None: all of them."})
-    layer_criterion: str = field(default="loss", metadata={"help": "Which layers go, by 'loss' or by 'influence'."})
+    layer_criterion: str = field(default="influence", metadata={"help": "Which layers go: 'influence' or 'loss'."})
     layer_samples: int = field(default=4, metadata={"help": "Examples that layers are chosen on."})
 
     def __post_init__(self, density: Optional[float] = None):
