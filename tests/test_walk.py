@@ -241,4 +241,4 @@ def test_what_only_a_seen_layer_reads_is_run_once_with_the_same_outcome(name, mo
     assert torch.equal(*outcomes)
     assert calls[0].keys() == calls[1].keys()
     assert all(calls[0][path] <= calls[1][path] for path in calls[0])
-    assert sum(calls[0].values()) < 0.8 * sum(calls[1].values()) or name == "albert"  # is run as a whole
+    assert sum(calls[0].values()) < 0.9 * sum(calls[1].values()) or name == "albert"  # is run as a whole
