@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, cast
+from typing import Any, Optional, cast
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -37,9 +37,24 @@ def quantization_of(module: nn.Module) -> Optional[str]:
 
 def dequantized_weight(module: nn.Module) -> torch.Tensor:
     """The weight of a module in floating point; as it is if it is not quantised."""
+    _put_back_in_order(module)
     before = module.weight
     weight = cast(torch.Tensor, dequantize_module_weight(module))
     if module.weight is not before:
         # PEFT puts a copy of weights of bitsandbytes on a CPU in their place, with which the layer cannot compute
         module.weight = before
     return weight
+
+
+def _put_back_in_order(module: nn.Module) -> None:
+    """Undo what bitsandbytes does to a 4-bit layer that runs in eval mode on a CPU with AVX512-BF16.
+
+    Its numbers are in another order from then on, which is not that of dequantisation. To be saved, it puts them back,
+    but for the scales of the blocks, of which it keeps a column for each row.
+    """
+    state: Any = getattr(module.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    module.state_dict()
+    if state.absmax.dim() == 2:
+        state.absmax = state.absmax.T.reshape(-1).float()
