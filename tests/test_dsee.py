@@ -342,6 +342,11 @@ def test_a_lora_on_a_pruned_base_keeps_its_zeros(caplog):
     with pytest.raises(ValueError, match="no adapted weight of the base is zero"):
         merge_keeping_zeros(dense)
     model = get_peft_model(base, config)
+    query = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    query.unload_and_optionally_merge_module = lambda **kwargs: pytest.fail("it was merged")
+    with pytest.raises(ValueError, match="1 of 2 adapted layers, such as Linear, are merged in a way of their own"):
+        merge_keeping_zeros(model)
+    del query.unload_and_optionally_merge_module
     expected = model.base_model.model.bert.encoder.layer[0].attention.self.query.get_delta_weight("default")
     old = model.base_model.model.bert.encoder.layer[0].attention.self.query.get_base_layer().weight.clone()
     with caplog.at_level(logging.WARNING):

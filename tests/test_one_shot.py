@@ -148,6 +148,10 @@ def test_what_cannot_be_is_told():
         SparseGPTConfig(granularity="row")
     with pytest.raises(ValueError, match="refine='yes'"):
         WandaConfig(refine="yes")
+    model = get_peft_model(make_llama(), SparseGPTConfig(task_type="CAUSAL_LM", update="low_rank", r=64))
+    with pytest.raises(ValueError, match="r=64 is more than the smaller side of 'model.layers.0.self_attn.*, 32. Use"):
+        calibrate(model, batches())
+    assert all(layer.get_mask("default").all() for layer in pruning_layers(model)), "nothing is half pruned"
     model = get_peft_model(make_llama(), SparseGPTConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="not trained. Calibrate them"):
         create_pruning_optimizer(model, 1e-3)

@@ -87,15 +87,11 @@ class PPruningConfig(UnitsConfig):
 
     def recipe(self) -> Recipe:
         """Similarity of activations; a FLOPs budget; weights are left as they are, or repaired; at calibration."""
+        shapes = self.kept_shapes()
+        rule = Budget(self.keep_ratio, self.lambda_ffn, self.sequence_length, min_share=self.min_share, shapes=shapes)
         return Recipe(
             Similarity(self.criterion, self.head_similarity, self.linkage, self.seed, self.num_tokens),
-            Budget(
-                self.keep_ratio,
-                self.lambda_ffn,
-                self.sequence_length,
-                min_share=self.min_share,
-                shapes=self.kept_shapes(),
-            ),  # fmt: skip
+            rule,
             self.kept_weights(),
             Moment.CALIBRATION,
         )

@@ -167,13 +167,13 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
     Path(output).mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         return export_onnx(model, Path(output) / "model.onnx")
+    if to in ("dense", "compact"):
+        model.save_pretrained(output)
+        return output
     tokenizer = _tokenizer([adapter.source, base or adapter.config.base_model_name_or_path])
     if to == "gguf":
         return str(save_gguf(model, Path(output) / "model.gguf", tokenizer))
-    if to == "transformers":
-        save_standard(model, output, tokenizer)
-    else:
-        model.save_pretrained(output)
+    save_standard(model, output, tokenizer)
     return output
 
 

@@ -21,8 +21,8 @@ from .across_layers import choose_across_layers, set_all
 from .finalize import switch_over, tell_sparsity
 from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
+from .sparsity_by_outliers import allot_by_outliers
 from .start import adapters_that_wait, calibrate_start
-from .survey import allot_by_outliers
 
 
 def calibrate(

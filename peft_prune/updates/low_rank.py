@@ -142,6 +142,11 @@ class LowRank(Update):
         if not self.changes_weights(layer, name):
             return
         weight, inputs = layer.matrix.detach().float(), layer.host[name].seen
+        if self.r > min(weight.shape):
+            raise ValueError(
+                f"r={self.r} is more than the smaller side of {layer.module_name!r}, {min(weight.shape)}. Use a "
+                "smaller r, or take the module out of target_modules."
+            )
         kept = layer.host[name].recipe.update.inside(layer, name, weight).detach()  # rewritten, perhaps
         pruned = kept * layer.get_mask(name)
         a, b = low_rank_error(weight, pruned, inputs.to(weight.device), self.r, damping=0.01)
