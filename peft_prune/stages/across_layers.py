@@ -3,63 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 
-from ..calibration.batches import first_examples
 from ..calibration.observers import GramMatrices
 from ..calibration.replay import find_feeders
 from ..calibration.sensitivity import output_sensitivity
-from ..calibration.walk import Manner, Watched, walk
+from ..calibration.walk import Manner
 from ..importance.units import UnitImportance
 from ..layers.layer import PruningLayer
 from ..structure.sites import find_sites
+from .calibration_run import CalibrationRun
 from .layer_by_layer import LayerByLayer
 
 
-def choose_across_layers(
-    model: nn.Module,
-    name: str,
-    by_path: Mapping[str, PruningLayer],
-    watched: Watched,
-    batches: Iterable[Any],
-    device: Optional[torch.device | str],
-) -> dict[str, float]:
+def choose_across_layers(run: CalibrationRun) -> dict[str, float]:
     """Put masks in force, and new values if the update finds any.
 
     Args:
-        model (`nn.Module`): the model.
-        name (`str`): the adapter.
-        by_path (`Mapping`): its layers by their name in the model.
-        watched (`Mapping`): the same, as a walk wants them.
-        batches (`Iterable`): batches of inputs.
-        device (*optional*): where blocks are run that are walked one by one.
+        run ([`CalibrationRun`]): whose layers, and what they are shown.
 
     Returns:
         `dict[str, float]`: relative loss of each layer's output, where it is known.
     """
-    layers = list(by_path.values())
-    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    model, name, recipe = run.model, run.name, run.recipe
+    layers = list(run.layers.values())
     if recipe.update.fits or recipe.importance.by_block or recipe.rule.reads_activations:
-        batches = first_examples(batches, config.num_samples)
-    gone = recipe.rule.removed_first(model, name, layers, batches)
+        run = run.with_first_examples()
+    gone = recipe.rule.removed_first(model, name, layers, run.batches)
     for layer in layers:
         layer.cached_weight.clear()
         if layer.module_name in gone:
             layer.set_bits(name, torch.zeros(layer.shape, dtype=torch.bool, device=layer.weight.device))
     if not recipe.rule.removes_more(model, name, layers):
         return {}
-    by_path = {path: layer for path, layer in by_path.items() if layer.module_name not in gone}
-    watched = {path: watched[path] for path in by_path}
-    seen = None
-    if recipe.importance.reads_activations:
-        seen = _look(model, name, by_path, watched, batches, device)
+    run = run.only({path: layer for path, layer in run.layers.items() if layer.module_name not in gone})
+    seen = _look(run) if recipe.importance.reads_activations else None
     set_all(name, layers, recipe.rule.choose_all(model, name, layers, seen))
     if recipe.update.fits:
         manner = Manner(in_turn=True, feeders=find_feeders(model, find_sites(model)))
-        return LayerByLayer(name, by_path, GramMatrices()).walk(model, watched, batches, device, manner)
+        return LayerByLayer(run, GramMatrices()).walk(manner)
     return {}
 
 
@@ -69,29 +53,21 @@ def set_all(name: str, layers: Iterable[PruningLayer], masks: Mapping[str, torch
         layer.set_bits(name, masks[layer.module_name].to(layer.weight.device))
 
 
-def _look(
-    model: nn.Module,
-    name: str,
-    by_path: Mapping[str, PruningLayer],
-    watched: Watched,
-    batches: Iterable[Any],
-    device: Optional[torch.device | str],
-) -> dict[str, Any]:
+def _look(run: CalibrationRun) -> dict[str, Any]:
     """What is seen of all layers of the model as it is, by module name."""
-    first = next(iter(by_path.values()))
-    importance, config = cast(UnitImportance, first.host[name].recipe.importance), first.config(name)
-    observer = importance.observer(config)
+    importance, by_path = cast(UnitImportance, run.recipe.importance), run.layers
+    observer = importance.observer(run.config)
     if not importance.by_block:
-        walk(model, watched, batches, observer, config.num_samples)
+        run.walk(observer)
         return {layer.module_name: observer.result(path) for path, layer in by_path.items()}
-    sensitivity = output_sensitivity(model, watched, batches, config.num_samples)
+    sensitivity = output_sensitivity(run.model, run.watched, run.batches, run.config.num_samples)
     seen = {}
 
     def after_block(paths: list[str]) -> None:
         for path in paths:
             layer, tokens = by_path[path], observer.tokens.get(path, 0)
             noted = (observer.result(path), tokens, sensitivity[path])
-            seen[layer.module_name] = importance.digest(layer, name, noted)
+            seen[layer.module_name] = importance.digest(layer, run.name, noted)
 
-    walk(model, watched, batches, observer, config.num_samples, after_block, device, Manner(changes=False))
+    run.walk(observer, after_block, Manner(changes=False))
     return seen

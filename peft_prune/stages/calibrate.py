@@ -10,14 +10,12 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ..calibration.batches import first_examples
 from ..calibration.checks import check_device
-from ..calibration.walk import Watched
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import refuse_data_parallel, refuse_sharded
 from ..recipe import Moment, Recipe
-from ..structure.sites import find_sites
 from .across_layers import choose_across_layers, set_all
+from .calibration_run import CalibrationRun
 from .finalize import switch_over, tell_sparsity
 from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
@@ -83,12 +81,12 @@ def calibrate(
     refuse_sharded(layers, "calibrate")
     if device is not None:
         _check_device(device, recipe)
+    run = CalibrationRun.of(model, name, layers, batches, device)
     if starts:
-        assert batches is not None
-        _check_active(name, layers)
-        return calibrate_start(model, name, layers, batches, _watched(model, layers), device)
+        _check_active(run)
+        return calibrate_start(run)
     with _taken_back_on_error(name, layers):
-        losses = _choose(model, name, layers, batches, device)
+        losses = _choose(run)
         shares = recipe.rule.shares(model, name, layers)
         forms = [layer.final_form(name) for layer in layers]
     config = own_config(model, name)
@@ -97,54 +95,27 @@ def calibrate(
     return shares | ({"loss": sum(losses.values()) / len(losses)} if losses else {})
 
 
-def _choose(
-    model: nn.Module,
-    name: str,
-    layers: list[PruningLayer],
-    batches: Optional[Iterable[Any]],
-    device: Optional[torch.device | str],
-) -> dict[str, float]:
+def _choose(run: CalibrationRun) -> dict[str, float]:
     """Put masks in force, of all layers at once or block by block; return the layers' losses, where they are known."""
-    recipe = layers[0].host[name].recipe
+    recipe, layers = run.recipe, list(run.layers.values())
     for layer in layers:  # dense, whatever was in force before
-        layer.start_bits(name, torch.ones(layer.shape, dtype=torch.bool))
+        layer.start_bits(run.name, torch.ones(layer.shape, dtype=torch.bool))
     if not recipe.needs_activations:
-        set_all(name, layers, recipe.rule.choose_all(model, name, layers, None))
+        set_all(run.name, layers, recipe.rule.choose_all(run.model, run.name, layers, None))
         return {}
-    assert batches is not None
-    watched, by_path = _watched(model, layers), _by_path(model, layers)
     if recipe.by_block:
-        _check_active(name, layers)
+        _check_active(run)
     if recipe.rule.by_outliers:
-        batches = first_examples(batches, layers[0].config(name).num_samples)
-        allot_by_outliers(model, name, by_path, watched, batches, device)
-    choose = choose_across_layers if recipe.rule.across_layers else choose_layer_by_layer
-    return choose(model, name, by_path, watched, batches, device)
+        run = run.with_first_examples()
+        allot_by_outliers(run)
+    return choose_across_layers(run) if recipe.rule.across_layers else choose_layer_by_layer(run)
 
 
-def _by_path(model: nn.Module, layers: list[PruningLayer]) -> dict[str, PruningLayer]:
-    ours = set(map(id, layers))
-    return {path: module for path, module in model.named_modules() if id(module) in ours}  # type: ignore[misc]
-
-
-def _watched(model: nn.Module, layers: list[PruningLayer]) -> Watched:
-    """Layers by path, and whether they see a decoder's tokens: by anatomy, or by name where that is not known."""
-    try:
-        decoders = {site.output: site.decoder for site in find_sites(model)}
-    except ValueError:
-        decoders = {}
-    two_sides = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return {
-        path: (layer, decoders.get(path, two_sides and "decoder" in layer.module_name.split(".")))
-        for path, layer in _by_path(model, layers).items()
-    }
-
-
-def _check_active(name: str, layers: list[PruningLayer]) -> None:
-    if any(name not in layer.active_adapters for layer in layers):
+def _check_active(run: CalibrationRun) -> None:
+    if any(run.name not in layer.active_adapters for layer in run.layers.values()):
         raise ValueError(
-            f"calibrate: adapter {name!r} is not active, and blocks are calibrated behind pruned ones. Call "
-            f"model.set_adapter({name!r}) first."
+            f"calibrate: adapter {run.name!r} is not active, and blocks are calibrated behind pruned ones. Call "
+            f"model.set_adapter({run.name!r}) first."
         )
 
 

@@ -3,66 +3,43 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Optional
 
 import torch
-from torch import nn
 
-from ..calibration.walk import AS_IS, Manner, Watched, walk
+from ..calibration.walk import AS_IS, Manner
 from ..layers.layer import PruningLayer
 from ..layers.sharding import agreed
+from .calibration_run import CalibrationRun
 
 
-def choose_layer_by_layer(
-    model: nn.Module,
-    name: str,
-    layers: Mapping[str, PruningLayer],
-    watched: Watched,
-    batches: Iterable[Any],
-    device: Optional[torch.device | str],
-) -> dict[str, float]:
+def choose_layer_by_layer(run: CalibrationRun) -> dict[str, float]:
     """Put masks in force, and values where the method finds any, block by block.
 
     Args:
-        model (`nn.Module`): the model.
-        name (`str`): the adapter.
-        layers (`Mapping[str, PruningLayer]`): its layers by their name in the model.
-        watched: the same layers, and whether they see a decoder's tokens.
-        batches (`Iterable`): calibration data.
-        device (*optional*): where blocks are run.
+        run ([`CalibrationRun`]): whose layers, and what they are shown.
 
     Returns:
         `dict[str, float]`: relative loss of each layer's output, of methods that know it.
     """
-    first = next(iter(layers.values()))
-    observer = first.host[name].recipe.importance.observer(first.config(name))
-    return LayerByLayer(name, layers, observer).walk(model, watched, batches, device)
+    return LayerByLayer(run, run.recipe.importance.observer(run.config)).walk()
 
 
 class LayerByLayer:
     """What is chosen for each layer, and the loss that it makes."""
 
-    def __init__(self, name: str, layers: Mapping[str, PruningLayer], observer: Any) -> None:
-        self.name, self.layers, self.observer = name, layers, observer
+    def __init__(self, run: CalibrationRun, observer: Any) -> None:
+        self.run, self.name, self.layers, self.observer = run, run.name, run.layers, observer
         self.losses: dict[str, float] = {}
         self._worst = 1.0  # tokens over tokens needed, of the layer that was last warned about
 
-    def walk(
-        self,
-        model: nn.Module,
-        watched: Watched,
-        batches: Iterable[Any],
-        device: Optional[torch.device | str],
-        manner: Manner = AS_IS,
-    ) -> dict[str, float]:
+    def walk(self, manner: Manner = AS_IS) -> dict[str, float]:
         """Choose for all layers, and return the losses that are known."""
-        samples = next(iter(self.layers.values())).config(self.name).num_samples
-        manner = replace(manner, around_block=self._kept_weights)
         with _caching(self.layers.values(), False):
-            walk(model, watched, batches, self.observer, samples, self._of_block, device, manner)
+            self.run.walk(self.observer, self._of_block, replace(manner, around_block=self._kept_weights))
         return self.losses
 
     def _of_block(self, paths: list[str]) -> Optional[float]:

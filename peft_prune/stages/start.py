@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from ..calibration.walk import Manner, Watched, walk
+from ..calibration.walk import Manner
 from ..importance.calibrated_start import CalibratedStart
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.masks import WAITING, not_started
 from ..layers.sharding import agreed
+from .calibration_run import CalibrationRun
 from .layer_by_layer import LayerByLayer
 from .sparsity_reached import sparsity
 
@@ -28,49 +28,37 @@ def adapters_that_wait(model: nn.Module) -> dict[str, list[PruningLayer]]:
     return waiting
 
 
-def calibrate_start(
-    model: nn.Module,
-    name: str,
-    layers: list[PruningLayer],
-    batches: Iterable[Any],
-    watched: Watched,
-    device: Optional[torch.device | str],
-) -> dict[str, float]:
+def calibrate_start(run: CalibrationRun) -> dict[str, float]:
     """Fill the scores of an adapter, and put in force what its schedule begins with.
 
     If it begins with zeros in place, a block sees what the pruned blocks before it put out. Otherwise one forward pass
     shows all layers, unless their notes take much memory, or blocks are to be run on another device.
 
     Args:
-        model (`nn.Module`): the model.
-        name (`str`): the adapter.
-        layers (`list`): its layers.
-        batches (`Iterable`): as [`calibrate`] accepts them.
-        watched: its layers by their path in the model.
-        device (*optional*): where blocks are run.
+        run ([`CalibrationRun`]): whose layers, and what they are shown.
 
     Returns:
         `dict[str, float]`: `sparsity` that is in force.
     """
-    recipe, config = layers[0].host[name].recipe, layers[0].config(name)
+    name, recipe, layers = run.name, run.recipe, list(run.layers.values())
     start = recipe.importance.calibrated_start
     assert start is not None
-    scores = _Start(name, {path: layer for path, (layer, _) in watched.items()}, start)  # type: ignore[misc]
+    scores = _Start(run, start)
     dense = all(recipe.rule.at_first(layer, name) == layer.shape[0] * layer.shape[1] for layer in layers)
     with _waiting_again_on_error(name, layers):
-        if dense and start.is_light and device is None:
-            walk(model, watched, batches, scores.observer, config.num_samples)
-            scores.begin(watched)
+        if dense and start.is_light and run.device is None:
+            run.walk(scores.observer)
+            scores.begin(run.layers)
         else:
-            scores.walk(model, watched, batches, device, Manner(changes=not dense))
+            scores.walk(Manner(changes=not dense))
     return {"sparsity": sparsity(layers, name)}
 
 
 class _Start(LayerByLayer):
     """Where the scores of each layer start."""
 
-    def __init__(self, name: str, layers: Mapping[str, PruningLayer], start: CalibratedStart) -> None:
-        super().__init__(name, layers, start.observer())
+    def __init__(self, run: CalibrationRun, start: CalibratedStart) -> None:
+        super().__init__(run, start.observer())
         self.start = start
 
     def _of_block(self, paths: list[str]) -> None:
