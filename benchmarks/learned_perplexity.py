@@ -2,15 +2,19 @@
 
     python benchmarks/learned_perplexity.py --method mask --start wanda --steps 40
     python benchmarks/learned_perplexity.py --method mask --steps 40 --teacher base --text mixed
+    python benchmarks/learned_perplexity.py --method "mask, low rank" --steps 100 --dtype bfloat16
     python benchmarks/learned_perplexity.py --method lora --steps 40
     python benchmarks/learned_perplexity.py --table
 
 A step is 4 windows of 256 tokens, drawn at random from WikiText-2's training text, or from a mixture (see
 `language_model.py`). All linear layers of the blocks are pruned, to the final sparsity from the first step on; scores
 learn at 2e-2 (betas 0.9, 0.99), a LoRA of rank 8 at 1e-3, both with a warm-up over a tenth of the steps and a linear
-decay. Training on a text adapts to it, too, so a mask trained on WikiText-2 is to be compared with a LoRA of as many
-steps, and a mask trained towards the base's logits with one-shot methods on other texts. A run that is in the results
-already is not repeated.
+decay. "mask, low rank" trains a LoRA of rank 8 under the mask, too. With `--dtype bfloat16`, matrices are multiplied
+in it in training (autocast); perplexity is measured in float32 in any case.
+
+Training on a text adapts to it, too, so a mask trained on WikiText-2 is to be compared with a LoRA of as many steps,
+and a mask trained towards the base's logits with one-shot methods on other texts. A run that is in the results already
+is not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +31,14 @@ from peft import LoraConfig, get_peft_model
 from scaffold import FOLDER, environment, make_parser, markdown, read, settings, show_or_run
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from peft_prune import SMPConfig, calibrate, create_pruning_optimizer, distillation_loss, update_schedule
+from peft_prune import (
+    MovementPruningConfig,
+    SMPConfig,
+    calibrate,
+    create_pruning_optimizer,
+    distillation_loss,
+    update_schedule,
+)
 from peft_prune.training.teacher import as_base
 
 
@@ -37,14 +48,18 @@ BATCH, WINDOW = 4, 256
 CHARACTERS = 2_000_000
 
 
-def mask_config(args: argparse.Namespace) -> SMPConfig:
+def mask_config(args: argparse.Namespace) -> Any:
     """What docs/learned_language_models.md recommends."""
-    how = {"granularity": args.granularity} if args.granularity else {"sparsity": args.sparsity}
+    how: dict[str, Any] = {"granularity": args.granularity} if args.granularity else {"sparsity": args.sparsity}
+    how |= {"task_type": "CAUSAL_LM", "score_init": args.start, "score_lr": args.score_lr}
+    how |= {"num_samples": args.calibration}
     if args.rank:
         how |= {"score": "low_rank", "score_rank": args.rank}
-    return SMPConfig(
-        task_type="CAUSAL_LM", score_init=args.start, num_samples=args.calibration, score_lr=args.score_lr, **how
-    )  # fmt: skip
+    if args.method == "mask":
+        return SMPConfig(**how)
+    allocation = "local" if args.granularity else "row"
+    how |= {"allocation": allocation, "sparsity_schedule": "constant", "schedule_start": 0.0}
+    return MovementPruningConfig(variant="hard", update="low_rank", r=8, score_betas=[0.9, 0.99], **how)
 
 
 def adapted(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, torch.optim.Optimizer]:
@@ -87,12 +102,13 @@ def fit(model: Any, optimizer: torch.optim.Optimizer, tokenizer: Any, args: argp
     """Train, and return the loss of each step."""
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     losses: list[float] = []
-    masked = args.method == "mask"
+    masked = args.method != "lora"
     if masked:
         update_schedule(model, 0, args.steps)
     model.train()
     for step, batch in enumerate(batches(tokenizer, args)):
-        loss = loss_of(model, batch, args)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = loss_of(model, batch, args)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -119,12 +135,13 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def cells_of(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
-    masked = row["method"] == "mask"
+    masked = row["method"] != "lora"
     what = (
         "dense + LoRA r = 8"
         if not masked
         else f"{'general' if row['teacher'] else 'task'} mask"
         + (f", scores of rank {row['rank']}" if row["rank"] else "")
+        + (" + LoRA under it" if row["method"] == "mask, low rank" else "")
     )
     removed = (row["granularity"] or f"{row['sparsity']:.0%}") if masked else "–"
     return [
@@ -154,12 +171,13 @@ def table(path: Path) -> str:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, RESULTS, table=True)
-    parser.add_argument("--method", choices=["lora", "mask"])
+    parser.add_argument("--method", choices=["lora", "mask", "mask, low rank"])
     parser.add_argument("--start", choices=["wanda", "sparsegpt", "magnitude", "zeros"], default="wanda")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--granularity", help="n:m, such as 2:4, instead of a sparsity")
     parser.add_argument("--rank", type=int, default=0, help="of scores of low rank; 0: a score for each weight")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products in training")
     parser.add_argument("--teacher", choices=["base"], help="train towards the dense model's logits, not the text")
     parser.add_argument("--lr", type=float, default=1e-3, help="of a LoRA")
     parser.add_argument("--score-lr", type=float, default=2e-2)
