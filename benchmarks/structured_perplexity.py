@@ -34,6 +34,7 @@ LAYERS = 30  # of the dense model
 METHODS: dict[str, Any] = {
     "loss, repair": lambda **f: StructuredPruningConfig(criterion="loss", **f),
     "loss, repair, uniform": lambda **f: StructuredPruningConfig(shapes="uniform", **f),
+    "loss, repair, uniform, neurons only": lambda **f: StructuredPruningConfig(shapes="uniform", lambda_ffn=1e6, **f),
     "loss, repair, uniform 64": lambda **f: StructuredPruningConfig(shapes="uniform", multiple_of=64, **f),
     "loss": lambda **f: StructuredPruningConfig(criterion="loss", repair=False, **f),
     "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", **f),
