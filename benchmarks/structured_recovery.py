@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.steps:
         name = "-".join(str(getattr(args, key)) for key in ("keep", "steps", "alpha", "calibration", "text", "seed"))
         teacher = load()[0] if args.alpha else None
-        rows = training_rows(tokenizer, args)
-        model = recover(model, rows, args.work / name, teacher, args.alpha, args.steps, seed=args.seed)
+        rows, bf16 = training_rows(tokenizer, args), args.dtype == "bfloat16"
+        model = recover(model, rows, args.work / name, teacher, args.alpha, args.steps, seed=args.seed, bf16=bf16)
     found = {"tokens": args.steps * 4 * WINDOW, "training_cpu_seconds": round(time.process_time() - start)}
     found |= {"parameters": model_size(model, LENGTH).parameters, "peak_gb": round(peak_memory(), 2)}
     return settings(args, "work") | found | perplexities(model, tokenizer, args.windows) | environment()
@@ -76,7 +76,7 @@ def run_all(args: argparse.Namespace) -> None:
     done = {(row["keep"], row["steps"], row["alpha"]) for row in rows}
     for keep, steps, alpha in [row for row in GRID if row not in done]:
         command = [sys.executable, __file__, "--keep", str(keep), "--steps", str(steps), "--alpha", str(alpha)]
-        for key in ("results", "work", *same):
+        for key in ("results", "work", "dtype", *same):
             command += [f"--{key}", str(getattr(args, key))]
         subprocess.run(command, check=True)
 
@@ -105,6 +105,7 @@ if __name__ == "__main__":
     parser.add_argument("--keep", type=float, help="share of the FLOPs that stays; 1: nothing is pruned")
     parser.add_argument("--steps", type=int, default=60, help="of the LoRA; 0: none")
     parser.add_argument("--alpha", type=float, default=0.0, help="weight of the dense model as teacher")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products in training")
     parser.add_argument("--work", type=Path, default=Path("runs/structured_recovery"), help="checkpoints")
     add_arguments(parser)
     arguments = parser.parse_args()

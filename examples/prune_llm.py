@@ -52,7 +52,7 @@ def prune(model: Any, calibration: torch.Tensor, **fields: Any) -> Any:
 
 def recover(
     model: Any, rows: torch.Tensor, folder: Path, teacher: Any = None, alpha: float = 0.5, steps: int = 60,
-    batch_size: int = 4, rank: int = 8, lr: float = 1e-3, seed: int = 0,
+    batch_size: int = 4, rank: int = 8, lr: float = 1e-3, seed: int = 0, bf16: bool = False,
 ) -> Any:  # fmt: skip
     """Train a LoRA on all linear layers and merge it; continues from the last checkpoint in `folder`.
 
@@ -62,6 +62,7 @@ def recover(
         folder (`Path`): where checkpoints are written.
         teacher (`PreTrainedModel`, *optional*): the dense model, whose logits are learned beside the text.
         alpha (`float`): weight of the teacher; that of the text is the rest.
+        bf16 (`bool`): multiply matrices in bfloat16, on hardware that is faster at it.
     """
     last = get_last_checkpoint(str(folder)) if folder.exists() else None
     if last and last.endswith(f"-{steps}"):  # nothing is left to train
@@ -71,7 +72,7 @@ def recover(
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, weight_decay=0.0,
         warmup_steps=steps // 10, save_steps=max(1, steps // 6), save_total_limit=1, report_to="none",
-        logging_steps=max(1, steps // 12), seed=seed,
+        logging_steps=max(1, steps // 12), seed=seed, bf16=bf16,
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=get_peft_model(model, lora),
