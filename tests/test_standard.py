@@ -125,6 +125,18 @@ def test_a_tokenizer_and_a_generation_config_go_along(tmp_path):
     assert loaded.generate(torch.tensor([[5, 6]]), do_sample=False).shape == (1, 5)
 
 
+def test_uniform_shapes_take_no_head_when_only_neurons_are_to_go():
+    model = many_heads()
+    with torch.no_grad():
+        for layer in model.model.layers:  # removing these heads would cost nothing
+            layer.self_attn.o_proj.weight[:, : model.config.head_dim] = 0
+    model = get_peft_model(
+        model, StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.9, shapes="uniform", lambda_ffn=1e6)
+    )
+    shares = calibrate(model, [{"input_ids": torch.randint(64, (8, 32))}])
+    assert shares["heads"] == 1.0 and shares["neurons"] < 1.0
+
+
 @pytest.mark.parametrize("config", [StructuredPruningConfig, PPruningConfig])
 def test_uniform_shapes_are_what_it_takes(config, tmp_path):
     fields = {"task_type": "CAUSAL_LM", "keep_ratio": 0.6, "sequence_length": 12, "repair": True, "num_samples": 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ class Shapes:
         neurons = [i for i, plan in enumerate(plans) if plan.site.kind != HEADS]
         mean = sum(gone[i] for i in heads) / max(1, len(heads))
         choices = []
-        for number in {int(mean), int(mean) + 1} if heads else {0}:
+        for number in {math.floor(mean), math.ceil(mean)}:
             counts = [0] * len(plans)
             for i in heads:
                 counts[i] = number
