@@ -105,12 +105,11 @@ def run(args: Any) -> None:
     text = as_tokens(tokenizer, wikitext_2("valid")[:100_000])[: args.windows * LENGTH].view(-1, LENGTH)
 
     def note(what: str, model: Any, **more: Any) -> None:
-        append(
-            args.results, settings(args) | {"what": what, "perplexity": perplexity(model, text)} | more | environment()
-        )
+        if what not in done:
+            found = {"what": what, "perplexity": perplexity(model, text)}
+            append(args.results, settings(args) | found | more | environment())
 
-    if "dense" not in done:
-        note("dense", base)
+    note("dense", base)
     ours = Noting(KEEP, None, LENGTH, "flops", 0.05)
     note("loss, repair", pruned(windows, OutputLoss(), ours, Repair()), gone=ours.counts)
     paper = Noting(KEEP, LAMBDA, LENGTH)
@@ -137,7 +136,9 @@ def run(args: Any) -> None:
         ),
     }  # fmt: skip
     for what, (importance, orders, counts) in trials.items():
-        rule = Given(KEEP, None, LENGTH, "flops", 0.0, orders, counts)
+        if what in done:
+            continue
+        rule = Given(KEEP, None, LENGTH, orders=orders, counts=counts)
         note(what, pruned(windows, importance, rule, Repair()))
 
 
