@@ -27,10 +27,10 @@ WAYS = {
         WandaConfig(task_type="CAUSAL_LM", sparsity=0.75, num_samples=4), save_sparse, load_sparse,
     ),
     "save_compact, load_compact": (
-        StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.6, num_samples=4), save_compact, load_compact,
+        StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.8, num_samples=4), save_compact, load_compact,
     ),
     "save_standard, AutoModel": (
-        StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.6, shapes="uniform", num_samples=4),
+        StructuredPruningConfig(task_type="CAUSAL_LM", keep_ratio=0.8, shapes="uniform", num_samples=4),
         save_standard, AutoModelForCausalLM.from_pretrained,
     ),
 }  # fmt: skip
@@ -45,7 +45,8 @@ def logits(model):
 def saved(request, tmp_path_factory):
     """Folder, what loads it, and the logits of the model that was saved."""
     config, save, load = WAYS[request.param]
-    model = get_peft_model(make_llama(), config)
+    base = make_llama(hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4)
+    model = get_peft_model(base, config)
     calibrate(model, [{"input_ids": IDS}])
     merged, folder = model.merge_and_unload().eval(), tmp_path_factory.mktemp("saved")
     save(merged, folder)
@@ -107,7 +108,7 @@ def test_weights_are_pruned_further(saved):
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected)
     for name, mask in zeros(merged).items():
-        assert mask.float().mean() > 0.8 and mask[before[name]].all(), "what was zero stays zero"
+        assert mask.float().mean() > 0.75 and mask[before[name]].all(), "what was zero stays zero"
 
 
 def test_heads_and_neurons_are_removed_further(saved, tmp_path):
