@@ -33,7 +33,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_prune import PPruningConfig, calibrate, model_size
-from peft_prune.report.export import export_onnx
+from peft_prune.report import export_onnx
 
 
 RESULTS = FOLDER / "shrunk_speed.json"

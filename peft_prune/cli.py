@@ -19,7 +19,11 @@ from .storage.codec import MaskFormatError
 
 _EXPORT_HELP = (
     "Transformers model with zeros; one without the heads and neurons that are gone, for load_compact, or as an "
-    "ordinary checkpoint (shapes='uniform'); model.gguf; or model.onnx"
+    "ordinary checkpoint (shapes='uniform'); model.gguf; or model.onnx, of a causal language model with a cache"
+)
+_EXPORTED_HELP = (
+    ". Also a whole model that was saved, such as a compact one after fine-tuning, or one of save_sparse, in another "
+    "form."
 )
 _DIFF_HELP = (
     ". The overlap is intersection over union: what both keep, of what either keeps. both_if_unrelated is "
@@ -80,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "check every mask, and that it was made for this base model")
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
-    sub = command("export", _export, "a model of its own, with the mask applied")
-    sub.add_argument("adapter", metavar="DIR")
+    sub = command("export", _export, "a model of its own, with the mask applied", _EXPORTED_HELP)
+    sub.add_argument("adapter", metavar="DIR", help="folder or Hub id of a final adapter, or of a whole model")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
     sub.add_argument(
         "--to", choices=["dense", "compact", "transformers", "gguf", "onnx"], default="dense", help=_EXPORT_HELP
@@ -212,8 +216,12 @@ def _verify(args: argparse.Namespace) -> Answer:
 def _export(args: argparse.Namespace) -> Answer:
     from .report.adapter_file import read_adapter
     from .report.export import export
+    from .report.saved_model import export_saved, holds_model
 
-    path = export(read_adapter(args.adapter), args.base, args.to, args.output)
+    if holds_model(args.adapter):
+        path = export_saved(args.adapter, args.base, args.to, args.output)
+    else:
+        path = export(read_adapter(args.adapter), args.base, args.to, args.output)
     return {"output": path}, lambda: print(path)
 
 

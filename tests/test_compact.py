@@ -174,7 +174,7 @@ def test_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
 def test_onnx_runs_with_equal_outputs(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    from peft_prune.report.export import export_onnx
+    from peft_prune.report import export_onnx
 
     model = compact(name, "eager")
     use_cache = getattr(model.config, "use_cache", None)

@@ -211,6 +211,24 @@ def test_compact_export(tmp_path, monkeypatch, capsys):
     assert after < before and "onnxruntime answers as PyTorch does" in out
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_export_language_model(tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("it was good film bad " * 100)
+    names = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text"), "--output", str(tmp_path / "out")]
+    main_of("export_language_model", monkeypatch)([*names, "--length", "16", "--keep", "0.6", "--multiple-of", "8"])
+    out = capsys.readouterr().out
+    before, after = (int(n.replace(",", "")) for n in re.search(r"([\d,]+) -> ([\d,]+)", out).groups())
+    assert after < before and "onnxruntime continues as Transformers does: True" in out
+    files = ("standard/model.safetensors", "model.gguf", "model.onnx", "model-int8.onnx")
+    sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", out)]
+    assert sizes == [(tmp_path / "out" / name).stat().st_size for name in files]
+    config = json.loads((tmp_path / "out" / "standard" / "config.json").read_text())
+    assert config["intermediate_size"] % 8 == 0 and config["intermediate_size"] < 48
+
+
 def test_movie_sentences_are_balanced_and_split():
     spec = importlib.util.spec_from_file_location("offline_data", EXAMPLES / "offline_data.py")
     module = importlib.util.module_from_spec(spec)

@@ -1,13 +1,11 @@
 """Smaller models as ordinary checkpoints. They are loaded by a process in which this package cannot be imported."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers import architectures
 from helpers.data import tokenizer
 from helpers.models import make_llama
+from helpers.without_package import expect, load_there
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -25,25 +23,6 @@ from peft_prune.structure.sites import HEADS, find_sites
 
 
 FREE_HEADS = ("mistral", "qwen2", "qwen3", "gemma3_text")
-LOADER = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "peft_prune":
-            raise ImportError("this process has no peft_prune")
-sys.meta_path.insert(0, Refuse())
-import pathlib, torch, transformers
-for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    saved = torch.load(folder / "expected.pt")
-    model = getattr(transformers, saved["auto"]).from_pretrained(folder, attn_implementation="eager").eval()
-    with torch.no_grad():
-        found = {"logits": model(**saved["inputs"]).logits}
-        if saved["generates"]:
-            ids = saved["inputs"]["input_ids"][:1]
-            found["ids"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    torch.save(found | {"class": type(model).__name__}, folder / "found.pt")
-assert "peft_prune" not in sys.modules
-"""
 
 
 def keep_some(model, heads=None):
@@ -85,19 +64,9 @@ def saved(tmp_path_factory):
         auto, inputs = architectures.ARCHITECTURES[kind][1].__name__, architectures.inputs(kind)
         place = folder / f"{number:02}"
         save_standard(model, place)
-        expected = {"name": name, "auto": auto, "inputs": inputs, "logits": architectures.logits(model, inputs)}
-        expected["generates"] = auto == "AutoModelForCausalLM"
-        if expected["generates"]:
-            ids = inputs["input_ids"][:1]
-            expected["ids"] = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
-        torch.save(expected, place / "expected.pt")
-    done = subprocess.run([sys.executable, "-c", LOADER, str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = {}
-    for place in folder.iterdir():
-        expected = torch.load(place / "expected.pt")
-        results[expected["name"]] = (expected, torch.load(place / "found.pt"), place)
-    return results
+        expect(model, place, auto, inputs)
+    there = load_there(folder)
+    return {name: (*there[f"{n:02}"], folder / f"{n:02}") for n, name in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("name", CASES)

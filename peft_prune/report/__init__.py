@@ -2,9 +2,9 @@
 
 from .adapter_file import AdapterFile, read_adapter
 from .card import write_model_card
-from .export import export_onnx
 from .gguf import save_gguf
 from .methods import methods_table
+from .onnx_file import export_onnx
 from .plots import plot_density, plot_units
 from .scores import plot_scores
 from .summary import LayerDensity, layer_densities, summary_table

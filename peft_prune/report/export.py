@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, cast
 
-import torch
 import transformers
 from peft import PeftModel
 
@@ -18,6 +17,7 @@ from ..structure.record import FIELD
 from ..structure.standard import save_standard
 from .adapter_file import AdapterFile
 from .gguf import save_gguf
+from .onnx_file import can_cache, export_onnx
 
 
 _CLASSES = {
@@ -134,7 +134,8 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         base (`str`, *optional*): folder or Hub id of the base model, by default the one that the config names.
         to (`str`): `"dense"`, a Transformers model with zeros in it, `"compact"`, one without the heads and neurons
             that are gone, for [`load_compact`], `"transformers"`, the same as an ordinary checkpoint with a tokenizer,
-            see [`save_standard`], `"gguf"`, llama.cpp's form, see [`save_gguf`], or `"onnx"`, onnxruntime's.
+            see [`save_standard`], `"gguf"`, llama.cpp's form, see [`save_gguf`], or `"onnx"`, onnxruntime's, see
+            [`export_onnx`].
         output (`str`): folder to write.
 
     Returns:
@@ -146,8 +147,7 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
         ImportError: a package that the export needs is not installed.
     """
     check_output(output, [base, adapter.config.base_model_name_or_path, adapter.source])
-    if to in ("onnx", "gguf") and importlib.util.find_spec(to) is None:  # told before any work
-        raise ImportError(f"--to {to} needs the package {to}, which is not installed: pip install 'peft_prune[{to}]'")
+    check_installed(to)
     if adapter.config.verbalizer:
         raise ValueError("This adapter has a verbalizer head, which is not part of the model that export writes.")
     # ONNX and GGUF files need no anatomy: the model is made smaller if the method removes units, and not otherwise
@@ -159,18 +159,46 @@ def export(adapter: AdapterFile, base: Optional[str], to: str, output: str) -> s
             "random numbers there. Train with task_type='SEQ_CLS' (or that of your task), which saves the classifier, "
             "or name these modules in modules_to_save, so that the adapter holds them."
         )
-    model = cast(Any, loaded).merge_and_unload(safe_merge=True, shrink=shrink).eval()
-    if to in ("compact", "transformers") and not getattr(model.config, FIELD, None):
+    model = cast(Any, loaded).merge_and_unload(safe_merge=True, shrink=shrink)
+    if to in ("compact", "transformers"):
+        check_smaller(model, "Use --to dense.")
+    return write_model(model, to, output, [adapter.source, base or adapter.config.base_model_name_or_path])
+
+
+def check_installed(to: str) -> None:
+    """Raise `ImportError` before any work if a package that an export needs is not installed."""
+    if to in ("onnx", "gguf") and importlib.util.find_spec(to) is None:
+        raise ImportError(f"--to {to} needs the package {to}, which is not installed: pip install 'peft_prune[{to}]'")
+
+
+def check_smaller(model: Any, instead: str) -> None:
+    """Raise `ValueError` if nothing was removed from a model, and say what to do instead."""
+    if not getattr(model.config, FIELD, None):
         raise ValueError(
-            "No head and no neuron of this model is without weights, so it cannot be made smaller. Use --to dense."
+            f"No head and no neuron of this model is without weights, so it cannot be made smaller. {instead}"
         )
+
+
+def write_model(model: Any, to: str, output: str, tokenizers: list[Optional[str]]) -> str:
+    """Write a model without adapters in one of the forms of [`export`].
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        to (`str`): see [`export`]; of a causal language model ONNX files have a cache of keys and values.
+        output (`str`): folder to write, made if it is not there.
+        tokenizers (`list[str]`): folders or Hub ids that may hold the model's tokenizer; the first that does counts.
+
+    Returns:
+        `str`: what was written.
+    """
+    model = model.eval()
     Path(output).mkdir(parents=True, exist_ok=True)
     if to == "onnx":
-        return export_onnx(model, Path(output) / "model.onnx")
+        return export_onnx(model, Path(output) / "model.onnx", use_cache=can_cache(model))
     if to in ("dense", "compact"):
         model.save_pretrained(output)
         return output
-    tokenizer = _tokenizer([adapter.source, base or adapter.config.base_model_name_or_path])
+    tokenizer = _tokenizer(tokenizers)
     if to == "gguf":
         return str(save_gguf(model, Path(output) / "model.gguf", tokenizer))
     save_standard(model, output, tokenizer)
@@ -223,50 +251,3 @@ def check_folder(output: str, sources: list[Optional[str]]) -> None:
                     f"output={output!r} holds {link.name!r}, a link to {str(path)!r}, which would be lost. Name "
                     "another folder."
                 )
-
-
-class _Tensors(torch.nn.Module):
-    """A model whose outputs are a tuple of tensors, as an ONNX file has them."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return tuple(value for value in outputs.values() if isinstance(value, torch.Tensor))
-
-
-def export_onnx(model: Any, path: str | os.PathLike) -> str:
-    """Write a model that takes `input_ids` and `attention_mask`, of any batch and length, as an ONNX file.
-
-    Args:
-        model (`PreTrainedModel`): dense or compact. Its outputs keep their names, such as `logits`.
-        path (`str` or `os.PathLike`): file to write, in a folder that is there.
-
-    Returns:
-        `str`: the path.
-    """
-    use_cache = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False
-    inputs = {name: torch.ones(2, 8, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    dynamic = {0: "batch", 1: "tokens"}
-    try:
-        with torch.no_grad():
-            names = [name for name, value in model(**inputs).items() if isinstance(value, torch.Tensor)]
-        torch.onnx.export(
-            _Tensors(model).train(model.training),
-            (),
-            str(path),
-            kwargs=inputs,
-            input_names=list(inputs),
-            output_names=names,
-            dynamic_axes=dict.fromkeys(inputs, dynamic),
-            dynamo=False,
-        )
-    finally:
-        if use_cache is None:
-            del model.config.use_cache
-        else:
-            model.config.use_cache = use_cache
-    return str(path)

@@ -12,6 +12,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 
 from .anatomy import Anatomy
 from .depth import find_stack, has_stack
+from .per_layer import PER_LAYER
 from .record import FIELD, read_record
 from .seal import SEAL, check_seal
 from .shrink import keep_units
@@ -89,6 +90,7 @@ def load_compact(
             "from_pretrained."
         )
     setattr(config, SEAL, None)  # of these files, and not of what is saved next
+    config.__dict__.pop(PER_LAYER, None)
     for entry in record.values():
         read_record(entry)  # raises
     original = resolve_class(config, model_class)

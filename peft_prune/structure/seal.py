@@ -1,4 +1,4 @@
-"""Checksums of a compact model's files, in its config.json: written by `save_pretrained`, compared when loaded."""
+"""Checksums of a compact model's files and sizes of its layers, in config.json: written by `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from ..peft_api import replace_method
 from ..storage.checksums import check_no_nan, check_tensor, describe_tensor, is_tensor_record
 from ..storage.codec import MaskFormatError
+from .per_layer import PER_LAYER, per_layer_config
 from .record import FIELD
 
 
@@ -57,6 +58,7 @@ def _seal(model: Any, folder: Path, variant: Optional[str] = None, is_main_proce
     config = json.loads(path.read_text(encoding="utf-8"))
     files = _files_of(folder)
     if files and config.get(FIELD):
+        config |= {PER_LAYER: layers} if (layers := per_layer_config(model.config)) else {}
         tensors = {key: describe_tensor(tensor) for key, tensor in _tensors(files)}
         config[SEAL] = {"config": _config_crc32(config, tensors), "tensors": tensors}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

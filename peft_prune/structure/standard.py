@@ -5,51 +5,19 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .fields import Fields, fields_of
+from .per_layer import PER_LAYER
 from .record import FIELD
 from .seal import SEAL
 from .sites import HEADS, Site, find_sites
-
-
-@dataclass(frozen=True)
-class Fields:
-    """What a config calls the sizes that pruning changes; `None` for what its modelling code takes from elsewhere.
-
-    Attributes:
-        neurons (`str`): neurons of a feed-forward network; those of a decoder, where it has two sides, in `decoder`.
-        heads, groups, head_dim (`str`, *optional*): query heads, heads of keys and values, width of a head.
-        decoder (`str`, *optional*): neurons of the decoder's feed-forward networks.
-        divides (`bool`): whether the number of heads has to divide the hidden size.
-    """
-
-    neurons: str
-    heads: Optional[str] = None
-    groups: Optional[str] = None
-    head_dim: Optional[str] = None
-    decoder: Optional[str] = None
-    divides: bool = False
-
-
-_GROUPED = Fields("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-_FIELDS: dict[str, Fields] = {
-    "llama": Fields("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", divides=True),
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma3_text"), _GROUPED),
-    "distilbert": Fields("hidden_dim"),
-    "opt": Fields("ffn_dim"),
-    "gpt2": Fields("n_inner"),
-    "gptj": Fields("n_inner"),
-    "bart": Fields("encoder_ffn_dim", decoder="decoder_ffn_dim"),
-    "t5": Fields("d_ff"),
-}
-_OTHERS = Fields("intermediate_size")  # BERT and most others
 
 
 def save_standard(
@@ -125,12 +93,12 @@ def standard_config(model: PreTrainedModel) -> PretrainedConfig:
         ValueError: layers differ, or the architecture has no field for a size.
     """
     config = copy.deepcopy(model.config)
-    for name in (FIELD, SEAL):
+    for name in (FIELD, SEAL, PER_LAYER):
         config.__dict__.pop(name, None)
     record = getattr(model.config, FIELD, None)
     if not record:
         return config
-    fields, sites = _FIELDS.get(config.model_type, _OTHERS), find_sites(model)
+    fields, sites = fields_of(config.model_type), find_sites(model)
     for decoder in (False, True):
         counts = [site.units for site in sites if site.kind != HEADS and site.decoder == decoder]
         if counts:
