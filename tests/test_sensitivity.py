@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import architectures
 from helpers.models import make_bert, make_llama
+from peft import LoraConfig, get_peft_model
+from transformers import BertForTokenClassification
 
 from peft_prune.calibration import sensitivity as sensing
 from peft_prune.calibration.sensitivity import output_sensitivity
@@ -36,20 +38,33 @@ def drawn_often(model, batches, draws):
 
 
 def test_it_is_the_expectation_over_all_labels():
-    model, batches = make_bert().eval(), text()
+    torch.manual_seed(0)
+    model, batches = BertForTokenClassification(make_bert().config).eval(), text()
     found = drawn_often(model, batches, 200)
     for path, (layer, _) in watched_of(model).items():
         wanted = 0.0
-        for i in range(2):
+        for i, tokens in enumerate((7, 5)):
             one = {key: value[i : i + 1] for key, value in batches[0].items()}
             noise = torch.zeros(1, 7, layer.weight.shape[0], requires_grad=True)
             handle = noise_at(model, path, noise)
-            scores = model(**one).logits.log_softmax(-1)[0]
+            scores = model(**one).logits.log_softmax(-1)[0, :tokens]
             handle.remove()
-            for score in scores:
+            for score in scores.flatten():
                 (gradient,) = torch.autograd.grad(score, noise, retain_graph=True)
                 wanted += float(score.detach().exp() * gradient.square().sum()) / noise.shape[-1] / 2
         assert found[path] == pytest.approx(wanted, rel=0.25), path
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_head_of_the_whole_sequence_does_not_count(wrapped):
+    model, batches = make_bert().eval(), text()
+    body = {key.removeprefix("bert."): layer for key, layer in watched_of(model).items()}
+    expected = output_sensitivity(model.bert, body, batches, 100)
+    watched = watched_of(model)
+    asked = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"])) if wrapped else model
+    torch.nn.init.normal_(model.classifier.weight)
+    found = output_sensitivity(asked, watched, batches, 100)
+    assert {key.removeprefix("bert."): value for key, value in found.items()} == pytest.approx(expected)
 
 
 def test_noise_on_an_output_changes_predictions_by_half_of_it():

@@ -129,10 +129,14 @@ def sensitivities(base, sites, data):
     for batch in data:
         for i in range(len(batch["input_ids"])):
             one = {key: value[i : i + 1] for key, value in batch.items()}
-            scores = base(**one).logits.log_softmax(-1)
-            scores = scores[one["attention_mask"].bool()] if scores.dim() == 3 else scores
-            drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
-            scores.gather(1, drawn).sum().backward()
+            real = one["attention_mask"].bool()
+            if hasattr(base, "bert"):  # its head is one of the sequence: the body's states are means of normals
+                states = base.bert(**one).last_hidden_state[real]
+                (states * torch.randn(states.shape, generator=generator)).sum().backward()
+            else:
+                scores = base(**one).logits.log_softmax(-1)[real]
+                drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+                scores.gather(1, drawn).sum().backward()
             tokens += int(one["attention_mask"].sum())
     for handle in hooks:
         handle.remove()

@@ -4,6 +4,10 @@ With δ added to the output of a layer at a token, the KL divergence between the
 `½ E[(gᵀδ)²]` to second order, where g is the gradient of the log-likelihood of what the model predicts itself, and the
 expectation is over that (Martens 2020, arXiv 1412.1193, section 9). Where δ has no preferred direction, that is
 `½ E‖g‖² ‖δ‖² / outputs`. One draw for each prediction and a few thousand tokens are enough.
+
+A model with one prediction per sequence, such as a classifier, is asked for its last hidden states instead, which count
+as the means of normal distributions. Its head may be new, and reads one token: then the last layers seem to be all that
+matters, and what the others lose is missing when the model is fine-tuned.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.utils.logging import tqdm
@@ -35,8 +40,8 @@ def output_sensitivity(
     The model runs forwards and backwards, one example at a time, where it is. No gradient of a parameter is computed.
 
     Args:
-        model (`nn.Module`): the model; if its output holds no `logits`, its first output counts as the mean of a normal
-            distribution.
+        model (`nn.Module`): the model; if its output holds no `logits` of each token, its last hidden states, or its
+            first output, count as the means of normal distributions.
         watched (`Mapping`): layers by their name in the model.
         batches (`Iterable`): batches of inputs.
         num_samples (`int`): the most examples, if [`TOKENS`] does not end it before.
@@ -77,8 +82,8 @@ def _one_by_one(
 def _of_example(
     model: nn.Module, watched: Watched, inputs: dict[str, torch.Tensor], counts: Counts, generator: torch.Generator
 ) -> dict[str, float]:
-    with _outputs(watched) as noted:
-        likelihood = _likelihood(model(**inputs), counts, generator)
+    with _outputs(watched) as noted, _last_states(model) as last:
+        likelihood = _likelihood(model(**inputs), last, counts, generator)
     flat = [(key, output) for key, outputs in noted.items() for output in outputs]
     if not likelihood.requires_grad:
         return {}
@@ -109,16 +114,44 @@ def _outputs(watched: Watched) -> Iterator[dict[str, list[torch.Tensor]]]:
         yield noted
 
 
-def _likelihood(output: Any, counts: Counts, generator: torch.Generator) -> torch.Tensor:
-    """Log-likelihood, but for a constant, of one draw for each of the model's predictions: 0-dim."""
+@contextmanager
+def _last_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Hidden states that the body of a Transformers model puts out while the context lasts; none of other models."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    body = getattr(inner, "base_model", None)
+    noted: list[torch.Tensor] = []
+    if not isinstance(body, nn.Module):
+        yield noted
+        return
+    hook = body.register_forward_hook(lambda module, args, output: noted.append(_first(output)))
+    try:
+        yield noted
+    finally:
+        hook.remove()
+
+
+def _first(output: Any) -> torch.Tensor:
+    return hidden_states(output.to_tuple()) if hasattr(output, "to_tuple") else hidden_states(output)
+
+
+def _predicted(output: Any, states: list[torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """What a model says of each token, and whether that is the logits of a distribution."""
     logits = getattr(output, "logits", None)
-    states = (hidden_states(output.to_tuple()) if hasattr(output, "to_tuple") else output) if logits is None else logits
-    states = states.float()
+    if logits is not None and logits.dim() > 2 and logits.shape[-1] > 1:
+        return logits.float(), True
+    if states:
+        return states[-1].float(), False
+    return (_first(output) if logits is None else logits).float(), False
+
+
+def _likelihood(output: Any, last: list[torch.Tensor], counts: Counts, generator: torch.Generator) -> torch.Tensor:
+    """Log-likelihood, but for a constant, of one draw for each of the model's predictions: 0-dim."""
+    states, are_logits = _predicted(output, last)
     real = next((count for count in reversed(counts) if count is not None and count.shape == states.shape[:-1]), None)
     if real is not None:  # nobody reads what is predicted from padding
         states = states[real.to(states.device)]
     states = states.flatten(0, -2)
-    if logits is None or states.shape[-1] == 1:
+    if not are_logits:
         noise = torch.randn(states.shape, generator=generator)
         return (states * noise.to(states.device)).sum()
     drawn = torch.multinomial(states.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]

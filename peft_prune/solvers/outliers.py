@@ -67,7 +67,7 @@ def _check(ratios: Sequence[float], sparsity: float, spread: float, sizes: Optio
         raise ValueError(f"ratios={list(ratios)!r:.200} must be numbers from 0, one for each layer.")
     if not 0 <= sparsity <= _MOST:
         raise ValueError(
-            f"sparsity={sparsity!r} must be in [0, {_MOST}] for allocation='owl'. Use a lower one or allocation='local'."
+            f"sparsity={sparsity!r} must be in [0, {_MOST}] for allocation='owl'. Use less, or allocation='local'."
         )
     if not 0 <= spread < 1:
         raise ValueError(f"spread={spread!r} must be in [0, 1), such as 0.08.")
