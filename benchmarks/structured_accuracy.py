@@ -65,6 +65,7 @@ class Bench:
         trainer = train(
             model, self.tokenizer, self.train_set, self.eval_set, lr=lr, steps=self.args.steps, seed=self.args.seed,
             output_dir=self.folder, use_cpu=True, quiet=True, compute_metrics=self.metrics,
+            bf16=self.args.dtype == "bfloat16",
         )  # fmt: skip
         return metrics_in(trainer.evaluate())
 
@@ -138,5 +139,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of 32; by default 250 and 160")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--samples", type=int, default=640, help="sentences of the calibration")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products in training")
+    parser.add_argument("--samples", type=int, default=256, help="sentences of the calibration")
     show_or_run(parser.parse_args(), table, run)

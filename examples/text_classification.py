@@ -53,6 +53,7 @@ def train(
     eval_every: Optional[int] = None,
     use_cpu: bool = False,
     quiet: bool = False,
+    bf16: bool = False,
     compute_metrics: Any = accuracy,
     trainer_cls: type[Trainer] = Trainer,
     **trainer_kwargs: Any,
@@ -75,6 +76,7 @@ def train(
         seed=seed,
         use_cpu=use_cpu,
         disable_tqdm=quiet,
+        bf16=bf16,
         dataloader_pin_memory=False,
     )
     trainer = trainer_cls(
