@@ -36,6 +36,7 @@ from peft_prune.report import export_onnx
 
 RESULTS = FOLDER / "export_speed.jsonl"
 ENGINES = ("transformers eager", "onnxruntime", "onnxruntime int8")
+INT8 = {"per_channel": True, "op_types_to_quantize": ["MatMul"]}
 SETTINGS = [(1.0, "free", 1), *((keep, *how) for keep in (0.8, 0.6) for how in (("free", 1), ("uniform", 64)))]
 Step = Callable[[np.ndarray, Any], Any]  # new tokens (1, n) and the past, `None` at first: the new past
 
@@ -60,12 +61,11 @@ def make_models(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         place = folder / str(number)
         model.save_pretrained(place)
         export_onnx(model, place / "model.onnx", use_cache=True)
-        quantize_dynamic(place / "model.onnx", place / "int8.onnx", weight_type=QuantType.QInt8)
+        if "onnxruntime int8" in args.engines:
+            quantize_dynamic(place / "model.onnx", place / "int8.onnx", weight_type=QuantType.QInt8, **INT8)
         size = model_size(model, LENGTH)
         rows.append({"keep": keep, "shapes": shapes, "multiple_of": multiple, "parameters": size.parameters})
-        rows[-1] |= {"macs": size.macs} | {
-            f"{n}_bytes": (place / f"{n}.onnx").stat().st_size for n in ("model", "int8")
-        }
+        rows[-1] |= {"macs": size.macs, "bytes": {file.name: file.stat().st_size for file in place.glob("*.onnx")}}
         print(rows[-1], flush=True)
     return rows
 

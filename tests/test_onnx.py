@@ -76,6 +76,17 @@ def test_a_sliding_window_that_is_shorter_than_the_text(tmp_path):
     assert np.array_equal(other.greedy(ids.numpy(), np.ones((1, 12), np.int64), 12), expected.numpy())
 
 
+def test_a_model_in_training_is_exported_and_left_as_it_was(tmp_path):
+    model, ids = smaller("llama"), np.array([[5, 6, 7]])
+    expected = architectures.logits(model, {"input_ids": torch.from_numpy(ids)}).numpy()
+    model.train()
+    model.model.norm.eval()
+    model.gradient_checkpointing_enable()  # which wants no cache while training
+    found, _ = OnnxModel(export_onnx(model, tmp_path / "model.onnx", use_cache=True))(ids, np.ones_like(ids))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert model.training and model.model.layers[0].training and not model.model.norm.training
+
+
 def test_a_fine_tuned_smaller_model_in_int8(tmp_path):
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -84,7 +95,8 @@ def test_a_fine_tuned_smaller_model_in_int8(tmp_path):
     assert not torch.equal(model.lm_head.weight, smaller("llama").lm_head.weight)
     path, small = tmp_path / "model.onnx", tmp_path / "int8.onnx"
     export_onnx(model, path, use_cache=True)
-    quantize_dynamic(path, small, weight_type=QuantType.QInt8)
+    how = {"per_channel": True, "op_types_to_quantize": ["MatMul"]}
+    quantize_dynamic(path, small, weight_type=QuantType.QInt8, **how)
     ids, mask = architectures.inputs("llama").values()
     expected = architectures.logits(model, {"input_ids": ids[:1]}).numpy()
     found, past = OnnxModel(small)(ids[:1].numpy(), np.ones((1, 10), np.int64))

@@ -37,7 +37,7 @@ def export_onnx(model: Any, path: str | os.PathLike, use_cache: bool = False) ->
         _check_causal(model)
     inputs = _example(model)
     axes = {name: {0: "batch", 1: _LENGTHS[name]} if name in _LENGTHS else {0: "batch"} for name in inputs}
-    with _cache_setting(model.config, use_cache), torch.no_grad():
+    with _in_use(model, use_cache), torch.no_grad():
         outputs = model(**inputs, **({"past_key_values": DynamicCache()} if use_cache else {}))
         names = [name for name, value in outputs.items() if isinstance(value, torch.Tensor)]
         if use_cache:
@@ -46,7 +46,7 @@ def export_onnx(model: Any, path: str | os.PathLike, use_cache: bool = False) ->
             inputs |= past
             inputs["attention_mask"] = inputs["attention_mask"].repeat(1, 2)  # of the past, and of as many new tokens
             axes |= dict.fromkeys(past, {0: "batch", 2: "past"}) | {"attention_mask": {0: "batch", 1: "all tokens"}}
-        traced = (_WithCache if use_cache else _Tensors)(model, list(inputs)).train(model.training)
+        traced = (_WithCache if use_cache else _Tensors)(model, list(inputs)).eval()
         torch.onnx.export(
             traced, tuple(inputs.values()), str(path), input_names=list(inputs), output_names=names,
             dynamic_axes=axes, dynamo=False,
@@ -121,23 +121,27 @@ def can_cache(model: Any) -> bool:
 
 def _example(model: Any) -> dict[str, torch.Tensor]:
     """Inputs that a model is traced with."""
-    config = model.config
+    config, first = model.config, next(model.parameters())
     if getattr(model, "main_input_name", "") == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        return {"pixel_values": torch.zeros(2, config.num_channels, *size, device=model.device, dtype=model.dtype)}
-    names = ["input_ids", "attention_mask", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
-    return {name: torch.ones(2, 8, dtype=torch.long, device=model.device) for name in names}
+        return {"pixel_values": first.new_zeros(2, config.num_channels, *size)}
+    decoder = ["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else []
+    names = ["input_ids", "attention_mask", *decoder]
+    return {name: torch.ones(2, 8, dtype=torch.long, device=first.device) for name in names}
 
 
 @contextmanager
-def _cache_setting(config: Any, use_cache: bool) -> Iterator[None]:
-    """Set a config's `use_cache` for a while."""
-    before = getattr(config, "use_cache", None)
-    config.use_cache = use_cache
+def _in_use(model: Any, use_cache: bool) -> Iterator[None]:
+    """A model in eval mode with another `use_cache` in its config, for a while."""
+    before, modes = getattr(model.config, "use_cache", None), {m: m.training for m in model.modules()}
+    model.config.use_cache = use_cache
+    model.eval()
     try:
         yield
     finally:
+        for module, training in modes.items():
+            module.training = training
         if before is None:
-            del config.use_cache
+            del model.config.use_cache
         else:
-            config.use_cache = before
+            model.config.use_cache = before
