@@ -1,4 +1,4 @@
-"""Pruning methods for PEFT. Importing this package makes PEFT know them."""
+"""Pruning methods for PEFT. Importing this package registers them with PEFT."""
 
 from .config import PruningConfig
 from .importing import mask_from_zeros

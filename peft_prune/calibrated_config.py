@@ -24,17 +24,17 @@ from .updates.rewrite import Repair
 @dataclass
 class CalibratedConfig(PruningConfig):
     """
-    What methods that look at inputs are told beside [`PruningConfig`]: how many.
+    Fields of methods that look at inputs, in addition to those of [`PruningConfig`].
 
     Args:
-        num_samples (`int`): examples that [`peft_prune.calibrate`] looks at.
+        num_samples (`int`): number of examples that [`peft_prune.calibrate`] uses.
         seed (`int`): seed of what is drawn at random.
 
     Raises:
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
     """
 
-    num_samples: int = field(default=128, metadata={"help": "Examples that calibration looks at."})
+    num_samples: int = field(default=128, metadata={"help": "Number of calibration examples."})
     seed: int = field(default=0, metadata={"help": "Seed of what is drawn at random."})
 
     def __post_init__(self, density: Optional[float] = None):
@@ -46,17 +46,17 @@ class CalibratedConfig(PruningConfig):
 @dataclass
 class OneShotConfig(CalibratedConfig):
     """
-    What methods that prune weights layer by layer are told beside [`CalibratedConfig`].
+    Fields of methods that prune weights layer by layer, in addition to those of [`CalibratedConfig`].
 
     Args:
         granularity (`str`): `"weight"`, or an n:m pattern such as `"2:4"`: n of every m weights along the input.
         sparsity_pattern (`dict[str, float]`, *optional*): sparsity of single modules, by name or regular expression.
         allocation (`str`):
             `"local"`: all matrices have the same sparsity. `"owl"`: blocks with more outliers, weights whose
-            `|W|·‖x‖` is far above the block's mean, keep more (OWL, arXiv 2310.05175); it takes a look at the dense
-            model before.
+            `|W|·‖x‖` is far above the block's mean, keep more (OWL, arXiv 2310.05175); this needs an extra pass of the
+            dense model.
         update (`str`):
-            `"low_rank"` adds a LoRA beside the mask, which starts by making up for part of the damage in closed form
+            `"low_rank"` adds a LoRA beside the mask. It is initialised in closed form to repair part of the damage
             (SLiM, arXiv 2410.09615; QERA, arXiv 2410.06040) and can be trained afterwards. `"none"` adds nothing.
         r (`int`): rank of `update="low_rank"`.
         lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
@@ -97,20 +97,21 @@ class OneShotConfig(CalibratedConfig):
 @dataclass
 class UnitsConfig(CalibratedConfig):
     """
-    What methods that remove heads and neurons are told beside [`CalibratedConfig`].
+    Fields of methods that remove heads and neurons, in addition to those of [`CalibratedConfig`].
 
     Args:
-        keep_ratio (`float`): share of the cost of attentions and feed-forward networks that stays, in (0, 1].
+        keep_ratio (`float`): share of the cost of attentions and feed-forward networks to keep, in (0, 1].
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
         shapes (`str`):
             `"free"`: each layer keeps as many heads and neurons as their importance says. `"uniform"`: all layers keep
             as many, so that [`peft_prune.save_standard`] writes a model that Transformers loads by itself.
         multiple_of (`int`): the neurons that a layer keeps are a multiple of it, such as 64 for tensor cores.
-        min_share (`float`): share of the heads and of the neurons of each layer that stays in any case; at least one.
+        min_share (`float`): share of the heads and of the neurons of each layer that is always kept; at least one.
         repair (`bool`):
-            Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
-            The adapter then holds new values, and not only a mask.
-        damping (`float`): how far repaired weights are drawn to the old ones, as a share of the mean squared input.
+            Whether the kept weights are adjusted to compensate for the removed ones, by least squares on the
+            calibration data. The adapter then holds new values, not only a mask.
+        damping (`float`):
+            How strongly repaired weights are pulled towards the old ones, as a share of the mean squared input.
         value_dtype (`str`):
             How repaired weights are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each
             row.
@@ -119,10 +120,10 @@ class UnitsConfig(CalibratedConfig):
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
     """
 
-    keep_ratio: float = field(default=0.5, metadata={"help": "Share of the cost that stays, in (0, 1]."})
+    keep_ratio: float = field(default=0.5, metadata={"help": "Share of the cost to keep, in (0, 1]."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
-    min_share: float = field(default=0.0, metadata={"help": "Share of the units of each layer that stays."})
-    repair: bool = field(default=False, metadata={"help": "Whether weights that stay make up for what is removed."})
+    min_share: float = field(default=0.0, metadata={"help": "Share of the units of each layer that is always kept."})
+    repair: bool = field(default=False, metadata={"help": "Whether kept weights compensate for removed ones."})
     damping: float = field(default=0.01, metadata={"help": "Of the repair, as a share of the mean squared input."})
     value_dtype: str = field(default="float16", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
     shapes: str = field(default="free", metadata={"help": "'free', or 'uniform': all layers keep as many."})

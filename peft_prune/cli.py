@@ -18,24 +18,24 @@ from .storage.codec import MaskFormatError
 
 
 _EXPORT_HELP = (
-    "Transformers model with zeros; one without the heads and neurons that are gone, for load_compact, or as an "
-    "ordinary checkpoint (shapes='uniform'); model.gguf; or model.onnx, of a causal language model with a cache"
+    "Transformers model with zeros; one without the removed heads and neurons, for load_compact, or as an ordinary "
+    "checkpoint (shapes='uniform'); model.gguf; or model.onnx, of a causal language model with a cache"
 )
 _EXPORTED_HELP = (
     ". Also a whole model that was saved, such as a compact one after fine-tuning, or one of save_sparse, in another "
     "form."
 )
 _DIFF_HELP = (
-    ". The overlap is intersection over union: what both keep, of what either keeps. both_if_unrelated is "
-    "what both would keep by chance."
+    ". The overlap is intersection over union: the share of the weights kept by either mask that both keep. "
+    "both_if_unrelated is what chance would give."
 )
 _CARD_HELP = (
     ". Only the block between <!-- peft_prune:begin --> and <!-- peft_prune:end --> is replaced; it is added to a "
-    "README.md without one, and text that you wrote stays."
+    "README.md without one, and your own text is kept."
 )
 _IMPORT_HELP = (
-    ". What is zero is removed; kept values are stored where they are not the base's. Each merged matrix is compared "
-    "with the sparse model. Without --out nothing is written."
+    ". Weights that are zero are removed; kept values are stored where they differ from the base's. Each merged "
+    "matrix is compared with the sparse model. Without --out nothing is written."
 )
 Answer = tuple[dict[str, Any], Callable[[], None]]
 
@@ -84,20 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("verify", _verify, "check every mask, and that it was made for this base model")
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
-    sub = command("export", _export, "a model of its own, with the mask applied", _EXPORTED_HELP)
+    sub = command("export", _export, "a model without adapter, with the mask applied", _EXPORTED_HELP)
     sub.add_argument("adapter", metavar="DIR", help="folder or Hub id of a final adapter, or of a whole model")
     sub.add_argument("--base", help="folder or Hub id; by default what the adapter names")
     sub.add_argument(
         "--to", choices=["dense", "compact", "transformers", "gguf", "onnx"], default="dense", help=_EXPORT_HELP
     )
     sub.add_argument("--output", required=True, help="folder to write")
-    sub = command("card", _card, "put density table, picture and results into README.md", _CARD_HELP)
+    sub = command("card", _card, "write density table, plot and results into README.md", _CARD_HELP)
     sub.add_argument("adapter", metavar="DIR")
     sub.add_argument("--evaluation", nargs="*", default=[], metavar="NAME=VALUE", help="such as accuracy=0.847")
     sub.add_argument("--dataset", help="Hub id of the data set of the evaluation")
-    sub = command("import", _import, "a mask adapter out of a sparse model or mask file", _IMPORT_HELP)
+    sub = command("import", _import, "make a mask adapter from a sparse model or mask file", _IMPORT_HELP)
     sub.add_argument("sparse", metavar="SPARSE", help="folder, file or Hub id: weights with zeros, or masks (.npz)")
-    sub.add_argument("--base", required=True, help="folder or Hub id of the dense model that it was made from")
+    sub.add_argument("--base", required=True, help="folder or Hub id of the dense model it was pruned from")
     sub.add_argument("--out", "--output", help="folder to write")
     sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="by default linear layers inside the blocks")
     sub.add_argument("--modules-to-save", nargs="+", metavar="NAME", help="modules that differ, to be stored in full")

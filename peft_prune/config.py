@@ -36,13 +36,13 @@ class _Derived(float):
 @dataclass
 class PruningConfig(PeftConfig):
     """
-    What every pruning method is told: where to prune, and how much. It also records the result.
+    Fields of every pruning method: where to prune, and how much. The config also records the result.
 
     Args:
         sparsity (`float`, *optional*):
-            Share of the target weights that is removed, in [0, 1). Give this or `density`; 0.5 if neither is given.
+            Share of the target weights to remove, in [0, 1). Give this or `density`; 0.5 if neither is given.
         density (`float`, *optional*):
-            Share of the target weights that is kept, `1 - sparsity`, in (0, 1].
+            Share of the target weights to keep, `1 - sparsity`, in (0, 1].
         target_modules (`Union[list[str], str]`, *optional*):
             Names of the modules to prune, as for LoRA: a list of suffixes, a regular expression, or `"all-linear"`. By
             default the linear layers inside the numbered blocks: no head, no pooler, no embeddings.
@@ -53,10 +53,10 @@ class PruningConfig(PeftConfig):
         layers_pattern (`Union[list[str], str]`, *optional*):
             Name of the `ModuleList` that holds the blocks, if it is an uncommon one.
         target_parameters (`list[str]`, *optional*):
-            Not possible, and refused: masks are put on modules. Experts that a mixture-of-experts model holds as
+            Not supported, raises an error: masks are put on modules. Experts that a mixture-of-experts model holds as
             parameters stay dense.
         modules_to_save (`list[str]`, *optional*):
-            Modules that are trained in full and saved beside the masks, for instance the classifier.
+            Modules that are trained in full and saved with the masks, for instance the classifier.
         init_weights (`bool`):
             If `False`, scores are random and pruning is at its final sparsity from the start. For tests.
         verbalizer (`dict`, *optional*):
@@ -65,12 +65,12 @@ class PruningConfig(PeftConfig):
             Whether the masks are final. Set by [`peft_prune.finalize`].
         check_base (`bool`):
             Whether loading a final mask checks that the base model is the one the mask was made for. To load it on
-            another one all the same, set it to `False` in the config and pass that to `from_pretrained`.
+            another one anyway, set it to `False` in the config and pass that to `from_pretrained`.
         check_tensors (`bool`):
             Whether loading compares tensors and config with their checksums, and rejects NaN. Set it to `False` in
             `adapter_config.json` if you edited the files on purpose.
         checksums (`dict`, *optional*):
-            Checksums of the config and of the tensors that are no masks. Written by `save_pretrained`.
+            Checksums of the config and of the tensors other than masks. Written by `save_pretrained`.
         mask_info (`dict`, *optional*):
             Shape, number of kept weights, checksum of each final mask, samples of its base weight. Written by
             [`peft_prune.finalize`].
@@ -100,10 +100,10 @@ class PruningConfig(PeftConfig):
         default=None, metadata={"help": "Name of the ModuleList that holds the blocks."}
     )
     target_parameters: Optional[list[str]] = field(
-        default=None, metadata={"help": "Not possible with pruning methods, and refused."}
+        default=None, metadata={"help": "Not supported with pruning methods."}
     )
     modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules trained in full and saved beside the masks, such as the classifier."}
+        default=None, metadata={"help": "Modules trained in full and saved with the masks, such as the classifier."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False: random scores at final sparsity, for tests."})
     verbalizer: Optional[dict[str, Any]] = field(
@@ -142,7 +142,7 @@ class PruningConfig(PeftConfig):
         asked = density is not None and not isinstance(density, _Derived)
         if not self.finalized and (asked or self.sparsity not in (None, 0.0)):
             given = f"density={density!r}" if asked else f"sparsity={self.sparsity!r}"
-            raise ValueError(f"{given} cannot be asked for here: {why}")
+            raise ValueError(f"{given} cannot be set here: {why}")
         if self.sparsity is None:
             self.sparsity = 0.0
 

@@ -94,7 +94,7 @@ def check_pattern(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{name}: {pattern!r:.200} is no module name or regular expression ({error}).") from error
+        raise ValueError(f"{name}: {pattern!r:.200} is not a module name or regular expression ({error}).") from error
 
 
 def check_sparsity_pattern(pattern: Any, fix: str) -> None:
@@ -181,8 +181,8 @@ def check_training(config: Any) -> None:
         check_whole(name, getattr(config, name), 1)
     if config.score == "low_rank" and config.score_init == "random":
         raise ValueError(
-            "score_init='random' cannot be combined with score='low_rank', which computes where scores start each "
-            "time anew. Use 'magnitude', 'zeros' or a number."
+            "score_init='random' cannot be combined with score='low_rank', which recomputes the initial scores each "
+            "time. Use 'magnitude', 'zeros' or a number."
         )
 
 
@@ -231,7 +231,7 @@ def check_verbalizer(spec: Any) -> None:
     if not known or spec["task"] not in ("SEQ_CLS", "QUESTION_ANS") or not _are_labels(spec):
         raise ValueError(
             f"verbalizer={spec!r:.200} must be what peft_prune.make_verbalizer returns: task ('SEQ_CLS' or "
-            "'QUESTION_ANS'), two words at least, a token id of its own for each, and mask_token_id."
+            "'QUESTION_ANS'), at least two words, a different token id for each, and mask_token_id."
         )
 
 

@@ -88,7 +88,7 @@ def check_config(config: Any) -> None:
     if config.check_tensors and record.get("config") != found:
         raise ValueError(
             f"The fields of adapter_config.json do not match their checksum ({found}, expected "
-            f"{record.get('config')!r}): one was changed, and the model would not compute what it did. {DAMAGED}"
+            f"{record.get('config')!r}): a field was changed, so the model would compute something else. {DAMAGED}"
         )
     config.checksums = Verified(record) if record["tensors"] else None
 

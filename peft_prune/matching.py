@@ -33,7 +33,7 @@ def matches(field: str, pattern: str, name: str) -> bool:
             "as '(a+)+' do that. Give a list of names instead."
         ) from error
     except (regex.error, RecursionError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{field}={pattern!r:.200} is no regular expression ({error}).") from error
+        raise ValueError(f"{field}={pattern!r:.200} is not a regular expression ({error}).") from error
 
 
 def is_target(config: Any, name: str, field: str = "target_modules") -> bool:

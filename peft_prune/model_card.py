@@ -30,10 +30,10 @@ def loading_instructions(config: Any) -> str:
     method = getattr(config.peft_type, "value", config.peft_type)
     resume = "" if config.finalized or not config.recipe().trained else ", is_trainable=True"
     return (
-        f"{_what_it_is(config, method)} PEFT does not know the method by itself: install "
-        "`peft_prune` and import it before loading.\n\n"
+        f"{_what_it_is(config, method)} Install `peft_prune` and import it before "
+        "loading: the import registers the method with PEFT.\n\n"
         "```python\n"
-        f"import peft_prune  # makes PEFT know {method}\n"
+        f"import peft_prune  # registers {method} with PEFT\n"
         "from peft import PeftModel\n\n"
         f'model = PeftModel.from_pretrained(base_model, "this/adapter"{resume})\n'
         "```\n"
@@ -47,11 +47,11 @@ def _what_it_is(config: Any, method: str) -> str:
     if config.finalized:
         return f"This adapter prunes {base} to a sparsity of {_percent(_final_sparsity(config))} {how}."
     if not config.recipe().trained:
-        return f"This adapter prunes nothing of {base} yet: it waits for `peft_prune.calibrate` {how}."
+        return f"This adapter prunes nothing of {base} yet: it has to be calibrated with `peft_prune.calibrate` {how}."
     reached = config.sparsity_when_saved
     so_far = "" if reached is None else f" The sparsity was {_percent(reached)} when it was saved."
     if config.recipe().rule.finds_sparsity:
-        target = "The sparsity comes out of training."
+        target = "Training decides the sparsity."
     else:
         target = f"The target is a sparsity of {_percent(config.sparsity)}."
     return (

@@ -28,9 +28,8 @@ class Recipe:
 
     Attributes:
         importance ([`Importance`]): what ranks units; may own trained scores.
-        rule ([`Rule`]): how many units stay, and which of them compete.
-        update ([`Update`]): what happens to the weights that stay; owns its tensors, its stored form and its merge.
-        moment ([`Moment`]): when the mask is chosen.
+        rule ([`Rule`]): how many units are kept, and which of them compete. update ([`Update`]): what happens to the
+        kept weights; owns its tensors, its stored form and its merge. moment ([`Moment`]): when the mask is chosen.
     """
 
     importance: Importance

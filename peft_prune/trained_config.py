@@ -18,28 +18,28 @@ from .selection.curve import Schedule
 @dataclass
 class TrainedConfig(PruningConfig):
     """
-    What methods with a schedule and scores are told beside [`PruningConfig`]: how units compete, how sparsity grows,
-    how scores are trained.
+    Fields of methods with a schedule and scores, in addition to those of [`PruningConfig`]: how units compete, how
+    sparsity grows, how scores are trained.
 
     Args:
         sparsity_pattern (`dict[str, float]`, *optional*):
-            Sparsity of single modules, by name or regular expression, as LoRA's `rank_pattern`. These modules take no
-            part in `allocation`.
+            Sparsity of single modules, by name or regular expression, as LoRA's `rank_pattern`. `allocation` does not
+            apply to these modules.
         allocation (`str`):
-            How the density is shared out: `"local"` (each matrix has the same), `"row"` (each row of each matrix has
+            How the density is distributed: `"local"` (each matrix has the same), `"row"` (each row of each matrix has
             the same, as in Wanda), `"score"` (matrices of the same kind share theirs by mean score) or `"global"` (one
             threshold for all scores).
         allocation_temperature (`float`, *optional*):
             For `allocation="score"`: scores are divided by it first. By default 1, and 3 for a density of 0.5 or more.
         granularity (`str`):
-            What is kept or removed as one: `"weight"`; an n:m pattern such as `"2:4"`, two of every four weights along
-            the input; a block such as `"32x32"` (out × in); `"row"` or `"column"`, an output or an input of a matrix;
-            or `"head"`, the rows or columns of an attention head.
+            What is kept or removed together: `"weight"`; an n:m pattern such as `"2:4"`, two of every four weights
+            along the input; a block such as `"32x32"` (out × in); `"row"` or `"column"`, an output or an input of a
+            matrix; or `"head"`, the rows or columns of an attention head.
         initial_sparsity (`float`):
             Sparsity at the beginning of training.
         sparsity_schedule (`str`):
-            `"cubic"`, `"linear"` or `"constant"`: how sparsity goes from `initial_sparsity` to `sparsity`. `"constant"`
-            with `schedule_start=0` begins at the final sparsity.
+            `"cubic"`, `"linear"` or `"constant"`: how sparsity grows from `initial_sparsity` to `sparsity`.
+            `"constant"` with `schedule_start=0` begins at the final sparsity.
         schedule_start (`float`):
             Share of training, in [0, 1), at which sparsity begins to grow.
         schedule_end (`float`):
@@ -51,14 +51,14 @@ class TrainedConfig(PruningConfig):
         penalty_schedule (`str`):
             `"cubic"`, `"linear"` or `"constant"`: how λ rises over the whole of training.
         score_init (`str`):
-            Where scores start: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or all at a number. `"wanda"` and
-            `"sparsegpt"` start at the rankings of these methods, which look at inputs: call
-            [`peft_prune.calibrate`] once before training, or leave that to `PruningTrainer` or `PruningCallback`. The
-            scores of each row have mean 0 and standard deviation 1 then.
+            Initial scores: `"zeros"`, `"magnitude"` (`|W| / std(W)`), `"random"`, or a number for all. `"wanda"` and
+            `"sparsegpt"` start at the rankings of these methods, which need inputs: call [`peft_prune.calibrate`] once
+            before training, or leave that to `PruningTrainer` or `PruningCallback`. The scores of each row have mean 0
+            and standard deviation 1 then.
         num_samples (`int`):
-            Examples that a calibrated start looks at.
+            Number of examples for a calibrated start.
         score_lr (`float`):
-            Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores unless told otherwise.
+            Learning rate that `PruningTrainer` and `create_pruning_optimizer` give the scores by default.
         score_betas (`list[float]`, *optional*):
             Adam's β₁ and β₂ for the scores, such as `[0.9, 0.99]`, which suits trainings of a few hundred steps. By
             default those of the optimizer.
@@ -66,8 +66,8 @@ class TrainedConfig(PruningConfig):
             Rank of the scores of methods that offer `score="low_rank"`. The default trains as many numbers as a LoRA of
             rank 8 does.
         mask_interval (`int`):
-            Number of optimizer steps after which sparsity and masks are recomputed. Checkpoints hold the mask in force,
-            so a training that is resumed goes on with exactly that mask.
+            Number of optimizer steps after which sparsity and masks are recomputed. Checkpoints hold the current mask,
+            so a resumed training continues with exactly that mask.
 
     Raises:
         ValueError: a field is out of range or contradicts another one; the message names field, value and fix.
@@ -93,7 +93,7 @@ class TrainedConfig(PruningConfig):
     score_init: Union[str, float] = field(
         default="zeros", metadata={"help": "'zeros', 'magnitude', 'random', 'wanda', 'sparsegpt', or a number."}
     )
-    num_samples: int = field(default=128, metadata={"help": "Examples that a calibrated start looks at."})
+    num_samples: int = field(default=128, metadata={"help": "Number of examples for a calibrated start."})
     score_lr: float = field(default=2e-2, metadata={"help": "Learning rate of the scores."})
     score_betas: Optional[list[float]] = field(default=None, metadata={"help": "Adam's betas for the scores."})
     score_rank: int = field(default=7, metadata={"help": "Rank of the scores with score='low_rank'."})
@@ -128,7 +128,7 @@ class TrainedConfig(PruningConfig):
 
     @property
     def temperature(self) -> float:
-        """Temperature of `allocation="score"` in force (SMP, section 4.1: 1, and 3 or 4 from a density of 0.5 on)."""
+        """Temperature of `allocation="score"` (SMP, section 4.1: 1, and 3 or 4 from a density of 0.5 on)."""
         if self.allocation_temperature is not None:
             return self.allocation_temperature
         return 3.0 if self.sparsity is not None and self.sparsity <= 0.5 else 1.0

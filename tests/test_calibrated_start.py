@@ -229,7 +229,7 @@ def test_what_cannot_start_so_is_told(make, fields, message):
 
 def test_layers_whose_inputs_are_not_their_columns_are_told():
     base = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="score_init='wanda' looks at the inputs of linear layers, and '0' is none"):
+    with pytest.raises(ValueError, match="score_init='wanda' needs the inputs of linear layers, but '0' is not linear"):
         get_peft_model(base, SMPConfig(target_modules=["0", "1"], score_init="wanda"))
 
 
@@ -290,7 +290,7 @@ def test_two_adapters_one_of_which_waits(batch):
     with pytest.raises(ValueError, match="adapter 'b' is not active"):
         calibrate(model, [batch])
     model.set_adapter("b")
-    with pytest.raises(ValueError, match="adapter 'b' are to start"):
+    with pytest.raises(ValueError, match="adapter 'b' start at"):
         update_schedule(model, 0, 10)
     calibrate(model, [batch])
     update_schedule(model, 0, 10)

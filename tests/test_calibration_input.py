@@ -47,7 +47,7 @@ TEXT_MODELS = ["llama", "bert", "gpt2", "t5"]
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_text_that_is_all_padding(name, config):
     batch = batch_for(name)
-    message = "no token that is no padding. Check attention_mask"
+    message = "the examples contain padding only. Check attention_mask"
     fails(name, [batch | {"attention_mask": torch.zeros(2, 9, dtype=torch.int64)}], message, config)
     fails(name, [batch | {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}], message, config)  # the pad token
     if name == "t5":
@@ -58,20 +58,20 @@ def test_text_that_is_all_padding(name, config):
 def test_text_that_does_not_fit_the_model(name):
     batch = batch_for(name)
     fails(name, [batch, batch | {"input_ids": batch["input_ids"][0]}], r"shape \(9,\).*unsqueeze\(0\)")
-    fails(name, [batch, batch | {"input_ids": batch["input_ids"][:, :0]}], r"shape \(2, 0\).*one token at least")
+    fails(name, [batch, batch | {"input_ids": batch["input_ids"][:, :0]}], r"shape \(2, 0\).*at least one token")
     fails(name, [batch, batch | {"input_ids": ids(2, 9) + 500}], "has the token 5.. in input_ids, .* 0 to 119")
     fails(
         name, [batch, batch | {"attention_mask": torch.ones(2, 8)}], r"attention_mask of shape \(2, 8\) for input_ids"
     )
     fails(name, [batch, batch | {"input_ids": ids(2, 9).float()}], r"input_ids of dtype torch.float32.*\.long\(\)")
     if name != "t5":  # positions are relative there
-        fails(name, [batch, batch_for(name, tokens=65)], "has 65 tokens .* texts of 64 .*max_length=64")
+        fails(name, [batch, batch_for(name, tokens=65)], "has 65 tokens .* at most 64 .*max_length=64")
 
 
 def test_packed_texts_are_as_long_as_the_longest_of_them():
     """As TRL packs: one row without padding, positions counted from 0 in each text."""
     model, packed = get_peft_model(architectures.make("llama"), WandaConfig()), ids(1, 100)
-    fails("llama", [{"input_ids": packed, "position_ids": torch.arange(100)[None]}], "has 100 tokens .* texts of 64")
+    fails("llama", [{"input_ids": packed, "position_ids": torch.arange(100)[None]}], "has 100 tokens .* at most 64")
     calibrate(model, [{"input_ids": packed, "position_ids": torch.arange(50).repeat(2)[None]}])
     assert all(layer.has_mask("default") for layer in pruning_layers(model))
 
@@ -81,7 +81,7 @@ def test_batches_that_give_nothing(config):
     used_up = iter([batch_for("bert")])
     list(used_up)
     for batches in ([], used_up, [{"input_ids": ids(2, 9)[:0]}]):
-        fails("bert", batches, "batches is empty, or a generator that was used up", config)
+        fails("bert", batches, "batches is empty, or a generator that is exhausted", config)
 
 
 def test_images_of_another_size():

@@ -68,7 +68,7 @@ TENSORS = [
 def test_item_9_a_flipped_bit_is_rejected(tmp_path, method, final, end):
     saved(tmp_path, method, final)
     edit_tensors(tmp_path, flip(end))
-    with pytest.raises(MaskFormatError, match=f"{end}.*does not match its record.*check_tensors|has places from"):
+    with pytest.raises(MaskFormatError, match=f"{end}.*does not match its record.*check_tensors|has positions from"):
         PeftModel.from_pretrained(make_bert(), tmp_path)
     if end == ".dsee_support":
         return  # its places have to lie in the matrix in any case

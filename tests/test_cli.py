@@ -105,7 +105,7 @@ def test_damage_has_exit_code_1(saved, capsys, kind):
 def test_what_is_no_adapter_has_exit_code_2(tmp_path, capsys):
     assert "Can't find" in run(capsys, "inspect", tmp_path / "nothing", code=2).err
     get_peft_model(make_bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "lora")
-    assert "no pruning method" in run(capsys, "inspect", tmp_path / "lora", code=2).err
+    assert "not a pruning method" in run(capsys, "inspect", tmp_path / "lora", code=2).err
     prune(make_bert()).save_pretrained(tmp_path / "checkpoint")
     assert "training checkpoint" in run(capsys, "inspect", tmp_path / "checkpoint", code=2).err
     final_adapter(tmp_path / "mask")

@@ -28,7 +28,7 @@ BAD = [
     ({"granularity": "2:4", "sparsity_pattern": {"query": 0.5}}, r"sparsity_pattern="),
     ({"sparsity_pattern": {"query": 1.5}}, r"sparsity_pattern\['query'\]=1\.5"),
     ({"sparsity_pattern": ["query"]}, r"sparsity_pattern=\['query'\] must be a dict"),
-    ({"sparsity_pattern": {"(": 0.5}}, r"sparsity_pattern: '\(' is no module name or regular expression"),
+    ({"sparsity_pattern": {"(": 0.5}}, r"sparsity_pattern: '\(' is not a module name or regular expression"),
     ({"allocation": "uniform"}, r"allocation='uniform' is unknown\. Use one of 'local', 'row', 'score'"),
     ({"allocation_temperature": 0}, r"allocation_temperature=0"),
     ({"initial_sparsity": 0.7, "sparsity": 0.5}, r"initial_sparsity=0\.7"),

@@ -339,5 +339,5 @@ def test_a_model_without_masks_learns_from_a_teacher_too(tmp_path):
 
 
 def test_a_teacher_that_is_none_is_told(tmp_path):
-    with pytest.raises(TypeError, match="teacher='dense' must be a model, loaded by from_pretrained, or 'base'"):
+    with pytest.raises(TypeError, match="teacher='dense' must be a model, loaded with from_pretrained, or 'base'"):
         PruningTrainer(model=smp_bert(), args=arguments(tmp_path), train_dataset=data(), teacher="dense")

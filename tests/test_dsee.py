@@ -243,7 +243,7 @@ def test_places_outside_of_the_matrix_are_told(place, tmp_path):
     key = next(key for key in tensors if key.endswith("_support"))
     tensors[key][3] = place
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(MaskFormatError, match=f"places from .*{place}"):
+    with pytest.raises(MaskFormatError, match=f"positions from .*{place}"):
         PeftModel.from_pretrained(make_bert(), tmp_path)
 
 

@@ -78,7 +78,7 @@ def test_layers_that_share_an_input_later_or_no_longer():
         observer.start((counts, None))
         observer.see("q", False, inputs[0])
         observer.see("k", False, inputs[1])
-    with pytest.raises(ValueError, match="'k' and 'q' have one input in some batches, and not in others"):
+    with pytest.raises(ValueError, match="'k' and 'q' have the same input in some batches but not in others"):
         observer.result("k")
 
 

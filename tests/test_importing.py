@@ -337,7 +337,7 @@ def test_zeros_of_the_base():
         return base
 
     report = import_sparse(with_zeros(), sparsify(with_zeros()))
-    assert any("The base has 160 zeros of its own" in note for note in report.notes)
+    assert any("The base itself has 160 zeros" in note for note in report.notes)
     assert same_weights(report.model.merge_and_unload(), sparsify(with_zeros()))
     filled = sparsify(with_zeros())
     filled.model.layers[0].mlp.up_proj.weight.data[:5] = 0.5  # what is zero in the base need not be zero afterwards
@@ -397,12 +397,12 @@ def changed(change):
             lambda: changed(lambda m: m.model.layers[1].mlp.up_proj.weight.data[0].fill_(float("nan"))),
             "'model.layers.1.mlp.up_proj.weight': it holds NaN or infinity",
         ),
-        (make_llama, "every matrix that may have been pruned is the base's"),
+        (make_llama, "every matrix that could be pruned equals the base's"),
         (lambda: make_llama(seed=3), "which no mask covers"),
         (lambda: sparsify(make_llama(), shares=(2.0,)), "all matrices are zero"),
         (lambda: get_peft_model(sparsify(make_llama()), LoraConfig()), "holds adapters.*merge_and_unload"),
-        (lambda: 7, "must be a model, a path or a Hub id, and not int"),
-        (lambda: "no/such/file", "is no file or folder here"),
+        (lambda: 7, "must be a model, a path or a Hub id, not int"),
+        (lambda: "no/such/file", "is neither a file or folder here"),
     ],
 )
 def test_what_does_not_belong_together_is_told_and_the_base_left_as_it_was(sparse, message):
@@ -418,7 +418,7 @@ def test_only_changed_weights_are_no_sparse_model():
     sparse = make_llama()
     for name in matrices(sparse):
         sparse.get_submodule(name).weight.data.mul_(1.5)
-    with pytest.raises(ValueError, match="no weight is zero that is not zero in the base"):
+    with pytest.raises(ValueError, match="it has no zeros that the base does not have"):
         mask_from_zeros(make_llama(), sparse)
 
 
@@ -613,7 +613,7 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(Exception, match="Unsupported|weights_only|Weights only"):
         mask_from_zeros(make_llama(), tmp_path)
     torch.save([torch.ones(2)], tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="is no checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
         mask_from_zeros(make_llama(), tmp_path)
 
 
@@ -622,7 +622,7 @@ def test_compressed_and_quantised_checkpoints_are_named(tmp_path):
     weight = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     packed = {"model.layers.0.self_attn.q_proj.weight_packed": torch.ones(3, dtype=torch.uint8)}
     save_file(tensors | packed, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="compressed or quantised, and holds '.*weight_packed' instead. Load it by"):
+    with pytest.raises(ValueError, match="compressed or quantised, and holds '.*weight_packed' instead. Load it with"):
         mask_from_zeros(make_llama(), tmp_path)
     as_integers = {"model.layers.0.self_attn.q_proj.weight": weight.to(torch.int8)}
     save_file(tensors | as_integers, tmp_path / "model.safetensors")
@@ -682,7 +682,7 @@ def test_the_class_of_a_file_is_a_model_of_transformers_or_nothing(folders, name
     for kind in ("base", "sparse"):
         path = folder / kind / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": name and [name]}))
-    with pytest.raises(ValueError, match="is none of Transformers"):
+    with pytest.raises(ValueError, match="is not part of Transformers"):
         mask_from_zeros(str(folder / "base"), folder / "sparse")
 
 
@@ -766,7 +766,7 @@ HOSTILE = {
     "fields": ({NAME: np.zeros((48, 32), dtype=[("a", "u1")])}, "neither a mask"),
     "large": ({NAME: np.zeros(10**7, dtype=np.uint8)}, "more than a mask can"),
     "a norm": ({"model.norm.weight": np.packbits(np.arange(32) < 5)}, "cannot be pruned"),
-    "nothing removed": ({NAME: np.ones((48, 32), dtype=bool)}, "is the base's"),
+    "nothing removed": ({NAME: np.ones((48, 32), dtype=bool)}, "equals the base's"),
     "everything removed": ({NAME: np.zeros((48, 32), dtype=bool)}, "all matrices are zero"),
 }
 
@@ -798,7 +798,7 @@ ARCHIVES = {
     "no header": ({f"{NAME}.npy": b"nothing"}, "cannot be read"),
     "a header that ends nowhere": ({f"{NAME}.npy": npy("(192,)", b"", length=65000)}, "cannot be read"),
     "another version": ({f"{NAME}.npy": b"\x93NUMPY\x09\x00" + bytes(192)}, "format .* is unknown"),
-    "a file that is no array": ({"readme.txt": b"hello"}, "is no array, or there twice"),
+    "a file that is no array": ({"readme.txt": b"hello"}, "is not an array, or is there twice"),
     "two names for one": ({f"{NAME}.npy": npy("(192,)", bytes(192)), f"{NAME}.mask.npy": b""}, "there twice"),
     "nothing": ({}, "holds no masks"),
 }
@@ -822,7 +822,7 @@ def test_damaged_archives_are_told(tmp_path):
     at = whole.index(np.packbits(MASK).tobytes())
     for damaged in (whole[: len(whole) // 2], whole[:at] + b"\xff" + whole[at + 1 :], b"", b"PK\x03\x04" * 9):
         (tmp_path / "mask.npz").write_bytes(damaged)
-        with pytest.raises(MaskFormatError, match="no .npz file|cannot be read"):
+        with pytest.raises(MaskFormatError, match="not an .npz file|cannot be read"):
             mask_from_zeros(make_llama(), tmp_path / "mask.npz")
 
 
@@ -878,7 +878,7 @@ def test_the_command_tells_errors(folders, capsys):
     assert "lost" in run(capsys, "import", weights, "--base", base, "--out", weights, code=2).err
     assert "lost" in run(capsys, "import", weights, "--base", base, "--out", base, code=2).err
     (folder / "mask.npz").write_bytes(b"nothing")
-    assert "no .npz file" in run(capsys, "import", folder / "mask.npz", "--base", base, code=1).err
+    assert "not an .npz file" in run(capsys, "import", folder / "mask.npz", "--base", base, code=1).err
     assert "are the same" in run(capsys, "import", base, "--base", base, code=2).err
     error = run(capsys, "import", weights, "--base", base, "--target-modules", "nothing", "--json", code=2)
     assert error["type"] == "ValueError" and "target_modules=['nothing']" in error["error"]

@@ -154,11 +154,11 @@ def test_weights_that_are_not_used_are_told(how, weights):
 
 
 BAD = [
-    ({"adapters": ["a"]}, "give two at least"),
+    ({"adapters": ["a"]}, "give at least two"),
     ({"adapters": ["a", "x"]}, "'x' is not loaded"),
     ({"adapters": ["a", "b"], "adapter_name": "a"}, "'a' exists already"),
     ({"adapters": ["a", "b"], "combination_type": "svd"}, "combination_type='svd'"),
-    ({"adapters": ["a", "b"], "weights": [1.0]}, r"weights=\[1.0\] must be 2 numbers"),
+    ({"adapters": ["a", "b"], "weights": [1.0]}, r"weights=\[1.0\] must be 2 non-negative numbers"),
     ({"adapters": ["a", "open"]}, "masks of 'open' are not final"),
     ({"adapters": ["a", "other"]}, "prune different modules"),
 ]

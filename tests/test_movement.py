@@ -378,7 +378,7 @@ BAD = [
     ({"score": "taylor"}, "score='taylor'"),
     ({"mask": "sigmoid"}, "'topk', 'threshold', 'l0'"),
     ({"variant": "soft", "sparsity": 0.9}, "the penalty decides"),
-    ({"variant": "l0", "density": 0.1}, "density=0.1 cannot be asked for"),
+    ({"variant": "l0", "density": 0.1}, "density=0.1 cannot be set"),
     ({"from_existing_zeros": True, "sparsity": 0.5}, "the zeros of the base decide"),
     ({"score": "magnitude", "mask": "threshold"}, "needs learned scores"),
     ({"update": "none", "score": "magnitude"}, "update='none'"),

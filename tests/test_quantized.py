@@ -189,6 +189,6 @@ OTHERS = {
 def test_other_quantisations_are_refused_by_name(name):
     net = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"lin": OTHERS[name]()})])})
     with pytest.raises(
-        TypeError, match=rf"'layers.0.lin'.*quantised: {name}.*that can are those of bitsandbytes 4-bit"
+        TypeError, match=rf"'layers.0.lin'.*quantised: {name}.*Supported are quantised weights of bitsandbytes 4-bit"
     ):
         get_peft_model(net, SMPConfig(target_modules=["lin"]))

@@ -209,7 +209,7 @@ def test_readme_of_a_checkpoint_that_finds_its_sparsity_names_no_target(tmp_path
     assert config.recipe().rule.finds_sparsity
     get_peft_model(make_bert(), config).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "training checkpoint" in card and "comes out of training" in card and "target is" not in card
+    assert "training checkpoint" in card and "Training decides the sparsity" in card and "target is" not in card
 
 
 def test_masked_lm_adapter(tmp_path, batch):

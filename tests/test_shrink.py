@@ -118,13 +118,13 @@ def test_a_mask_that_leaves_nothing_to_take_out_is_told():
         peft_prune.finalize(model)
         return model.merge_and_unload(shrink=shrink)
 
-    with pytest.warns(UserWarning, match=r"took nothing out.*granularity='head'.*PPruningConfig") as warned:
+    with pytest.warns(UserWarning, match=r"removed nothing.*granularity='head'.*PPruningConfig") as warned:
         masked(True), masked(True)
-    assert len([w for w in warned if "took nothing out" in str(w.message)]) == 1
+    assert len([w for w in warned if "removed nothing" in str(w.message)]) == 1
     with warnings.catch_warnings(record=True) as silent:
         warnings.simplefilter("always")
         masked(None), masked(False)
-    assert not [w for w in silent if "took nothing out" in str(w.message)]
+    assert not [w for w in silent if "removed nothing" in str(w.message)]
 
 
 def test_unknown_architecture_says_how_to_describe_it():

@@ -488,7 +488,7 @@ def test_bad_fields_are_told(fields, message):
 
 
 def test_misuse_is_told(tmp_path):
-    with pytest.raises(ValueError, match="not where heads or neurons end, which is all that this method can remove"):
+    with pytest.raises(ValueError, match="not where heads or neurons end, and this method removes only those"):
         get_peft_model(make_bert(), StructuredPruningConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="heads and neurons of model_type=None live is not known"):
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), StructuredPruningConfig())

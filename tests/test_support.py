@@ -160,7 +160,7 @@ def shared():
 
 UNFIT = {
     "MultiheadAttention": (lambda: Wrap(nn.MultiheadAttention(8, 2)), "layer", "hands its weights to a function"),
-    "its out_proj": (lambda: Wrap(nn.MultiheadAttention(8, 2)), "out_proj", "MultiheadAttention takes its weight"),
+    "its out_proj": (lambda: Wrap(nn.MultiheadAttention(8, 2)), "out_proj", "MultiheadAttention reads its weight"),
     "TransformerEncoderLayer": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)),
         "linear1",

@@ -330,7 +330,7 @@ def test_the_learning_rate_of_an_optimizer_class_is_used(tmp_path):
 def test_a_teacher_that_is_the_student_is_told(tmp_path):
     base = make_bert()
     model = get_peft_model(base, SMPConfig(task_type="SEQ_CLS", sparsity=0.5))
-    with pytest.raises(ValueError, match="load the teacher a second time"):
+    with pytest.raises(ValueError, match="load the teacher separately"):
         PruningTrainer(model=model, args=arguments(tmp_path), train_dataset=data(), teacher=base)
 
 

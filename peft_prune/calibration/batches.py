@@ -32,8 +32,8 @@ def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str
     }
     if not inputs:
         raise ValueError(
-            f"calibrate: of the batch's entries {list(batch)} the model takes none that is a tensor. Tokenize first, "
-            "and return tensors."
+            f"calibrate: none of the batch's entries {list(batch)} is a tensor that the model accepts. Tokenize "
+            "first, and return tensors."
         )
     check_text(base, inputs)
     return inputs

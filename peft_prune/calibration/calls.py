@@ -28,12 +28,12 @@ def split_arguments(args: tuple, kwargs: dict) -> tuple[torch.Tensor, Call]:
 
 
 def hidden_states(output: Any) -> Any:
-    """Hidden states in what a block puts out."""
+    """Hidden states in the output of a block."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def without_states(output: Any) -> Any:
-    """What a block puts out, without its hidden states."""
+    """The output of a block, without its hidden states."""
     return (None, *output[1:]) if isinstance(output, tuple) else None
 
 

@@ -55,7 +55,7 @@ def capture(
         model); calls of each block. What is equal in several batches, such as rotary embeddings, is held once.
 
     Raises:
-        ValueError: a block does not take what the one before it puts out, or it is not the only thing between them.
+        ValueError: a block does not accept the output of the one before it, or it is not the only thing between them.
         Repeated: a block is called several times in a forward pass.
     """
     held = _Held()
@@ -105,8 +105,8 @@ class _Recorder:
             states, call = split_arguments(args, kwargs)
             if i and hidden_states(self.put_out[i - 1]) is not states:
                 raise ValueError(
-                    f"calibrate: {type(module).__name__} does not take what the block before it puts out, so blocks "
-                    "cannot be walked one by one in this model."
+                    f"calibrate: {type(module).__name__} does not accept the output of the block before it, so this "
+                    "model cannot be calibrated block by block."
                 )
             if len(self.calls[i]) > self._batches:
                 raise Repeated

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-NO_TOKENS = "calibrate: the examples hold no token that is no padding. Check attention_mask and pad token."
+NO_TOKENS = "calibrate: the examples contain padding only. Check attention_mask and pad token."
 
 
 def check_text(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -36,12 +36,12 @@ def check_text(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
 def _check_ids(model: nn.Module, key: str, ids: torch.Tensor) -> None:
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(
-            f"calibrate: a batch has {key} of shape {tuple(ids.shape)}. Texts have the shape (batch, tokens), with one "
-            "token at least; make a single text a batch of one: input_ids.unsqueeze(0)."
+            f"calibrate: a batch has {key} of shape {tuple(ids.shape)}. Texts have the shape (batch, tokens), with "
+            "at least one token; make a single text a batch of one: input_ids.unsqueeze(0)."
         )
     if ids.is_floating_point():
         raise ValueError(
-            f"calibrate: a batch has {key} of dtype {ids.dtype}. Tokens are whole numbers, as a tokenizer gives them: "
+            f"calibrate: a batch has {key} of dtype {ids.dtype}. Tokens are integers, as a tokenizer returns them: "
             f"{key}.long()."
         )
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
@@ -60,8 +60,8 @@ def _check_length(model: nn.Module, key: str, length: int) -> None:
     longest = longest_text(model)
     if longest is not None and length > longest:
         raise ValueError(
-            f"calibrate: a batch has {length:,} tokens in {key}, but the model is made for texts of {longest:,} "
-            f"(max_position_embeddings). Truncate them: tokenizer(..., truncation=True, max_length={longest})."
+            f"calibrate: a batch has {length:,} tokens in {key}, but the model accepts at most {longest:,} "
+            f"(max_position_embeddings). Truncate the texts: tokenizer(..., truncation=True, max_length={longest})."
         )
 
 
@@ -94,8 +94,8 @@ def warn_of_few_examples(found: int, asked: int) -> None:
     """Warn if batches gave fewer examples than the config asks for."""
     if found < asked:
         warnings.warn(
-            f"calibrate: batches gave {found:,} example{'s' * (found != 1)}, and num_samples={asked:,} were asked "
-            f"for. All were used. Pass more, or set num_samples={found} in the config.",
+            f"calibrate: batches gave {found:,} example{'s' * (found != 1)}, fewer than num_samples={asked:,}. All "
+            f"were used. Pass more, or set num_samples={found} in the config.",
             UserWarning,
             stacklevel=2,
         )

@@ -102,7 +102,8 @@ class Observer:
         if counts is None and of_batch and not all(bool(c.all()) for c in self.counts if c is not None):
             raise ValueError(
                 f"calibrate: {key!r} saw {len(flat)} tokens where the batch has {self.side(decoder).numel()}, so "
-                "padding cannot be told from text. Calibrate with texts of one length, cut instead of padded."
+                "padding cannot be separated from text. Calibrate with texts of one length, truncated instead of "
+                "padded."
             )
         if counts is not None and not bool(counts.all()):
             flat = flat[counts.flatten().to(flat.device)]
@@ -196,8 +197,8 @@ class GramMatrices(Observer):
         leader, times = self._followed.pop(key, (key, self._led[key]))
         if times != self._led[leader]:
             raise ValueError(
-                f"calibrate: {key!r} and {leader!r} have one input in some batches, and not in others, so "
-                "their statistics cannot be kept apart. Remove one of them from target_modules."
+                f"calibrate: {key!r} and {leader!r} have the same input in some batches but not in others, so their "
+                "statistics cannot be separated. Remove one of them from target_modules."
             )
         grams = [self._sums[name] for name in {leader, key} if name in self._sums]
         gram = mirror_triangle(grams[0]) if len(grams) == 1 else mirror_triangle(grams[0] + grams[1])
@@ -256,7 +257,7 @@ class TokenSample(Observer):
         flat = x.detach().flatten(0, -2)
         if len(flat) != tokens:
             raise ValueError(
-                f"A layer saw {len(flat)} tokens where the batch has {tokens}, so padding cannot be told from "
+                f"A layer saw {len(flat)} tokens where the batch has {tokens}, so padding cannot be separated from "
                 "text. Use an attn_implementation that does not unpad, such as 'sdpa'."
             )
         stored, call = self._stored.setdefault(key, []), self._calls.get(key, 0)

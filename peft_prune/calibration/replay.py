@@ -1,4 +1,4 @@
-"""Layers that a block has shown already, when it is run again: what only they read is not computed anew.
+"""Layers that a block has shown already, when it is run again: what only they read is not recomputed.
 
 The modules that make the units of an attention or feed-forward network, such as queries or gates, reach the rest of the
 model through one layer only. Once that layer has been seen, it is given the input that it had, and they give zeros.

@@ -111,8 +111,7 @@ def taken_batches(
             return
     if not seen:
         raise ValueError(
-            "calibrate: batches is empty, or a generator that was used up before. Pass a few hundred examples of the "
-            "task."
+            "calibrate: batches is empty, or a generator that is exhausted. Pass a few hundred examples of the task."
         )
 
 

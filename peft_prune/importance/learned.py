@@ -47,8 +47,8 @@ class Learned(Importance):
         """Raise `ValueError` if a start that looks at inputs makes no sense for a layer."""
         if self.calibrated_start and not layer.columns_are_inputs:
             raise ValueError(
-                f"score_init={self.start!r} looks at the inputs of linear layers, and {layer.module_name!r} is none. "
-                "Take it out of target_modules, or use score_init='magnitude'."
+                f"score_init={self.start!r} needs the inputs of linear layers, but {layer.module_name!r} is not "
+                "linear. Remove it from target_modules, or use score_init='magnitude'."
             )
 
     def begin(self, layer: Any, name: str, factors: torch.Tensor) -> None:

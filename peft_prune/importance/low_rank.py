@@ -45,7 +45,7 @@ class LowRank(Learned):
         shape = (layer.shape[0] // block[0], layer.shape[1] // block[1])
         if self.rank_of_factors >= min(shape):
             raise ValueError(
-                f"score_rank={self.rank_of_factors!r} is not below the smaller side of the {shape} scores of "
+                f"score_rank={self.rank_of_factors!r} must be less than the smaller side of the {shape} scores of "
                 f"{layer.module_name!r}. Use a lower rank, or score='movement'."
             )
         if self.calibrated_start:

@@ -35,14 +35,14 @@ def load_base(base: Any, architecture: Optional[str]) -> tuple[nn.Module, list[s
         check_base(base)
         return base, []
     if not isinstance(base, (str, os.PathLike)):
-        raise TypeError(f"base must be a model, a path or a Hub id, and not {type(base).__name__}.")
+        raise TypeError(f"base must be a model, a path or a Hub id, not {type(base).__name__}.")
     name = architecture or next(iter(AutoConfig.from_pretrained(base).architectures or []), None)
     # what Transformers offers by itself: nothing is imported by a name from a file
     found = getattr(transformers, str(name), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The class of the model, {name!r} by its config, is none of Transformers. Load the models and "
-            "pass them: mask_from_zeros(base_model, sparse_model)."
+            f"The class of the model, {name!r} by its config, is not part of Transformers. Load the models and pass "
+            "them: mask_from_zeros(base_model, sparse_model)."
         )
     loaded: Any = found.from_pretrained(base, dtype="auto", output_loading_info=True)
     model, loading = loaded

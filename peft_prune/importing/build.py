@@ -31,13 +31,14 @@ def mask_from_zeros(
     task_type: Optional[str] = None,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Make a mask adapter of a sparse model that anyone has made: Wanda's, SparseGPT's, MaskLLM's mask files.
+    """Turn a sparse model into a mask adapter: checkpoints of Wanda or SparseGPT, MaskLLM's mask files, any model with
+    zeros.
 
-    What is zero in the sparse model is removed. Where all kept weights of a matrix are the base's, its mask is all that
-    is stored; otherwise its kept values are, too. Everything else has to be as in the base. Merged, each matrix is then
+    Weights that are zero in the sparse model are removed. If all kept weights of a matrix equal the base's, only its
+    mask is stored, otherwise its kept values, too. Everything else must equal the base. Each merged matrix is then
     compared with the sparse model.
 
-    A sparse model that is given by its path is read one tensor at a time.
+    A sparse model given as a path is read one tensor at a time.
 
     Args:
         base (`PreTrainedModel` or `str`): the dense model that the sparse one was made from, as a model, which becomes
@@ -50,7 +51,7 @@ def mask_from_zeros(
             a classifier.
         value_dtype (`str`, *optional*): how values are stored, `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`; by
             default as in the sparse model, which is exact.
-        task_type (`str`, *optional*): as in PEFT's configs; by default read off the class of a language model.
+        task_type (`str`, *optional*): as in PEFT's configs; by default from the class of a language model.
         adapter_name (`str`): name of the adapter.
 
     Returns:
@@ -58,7 +59,7 @@ def mask_from_zeros(
 
     Raises:
         ValueError: the two do not belong together, or something differs that an adapter cannot hold. The message names
-            the tensor. The base model is as it was then.
+            the tensor; the base model is unchanged.
         MaskFormatError: a mask file is damaged, or was made for another model.
     """
     report = import_sparse(base, sparse_model, target_modules, modules_to_save, value_dtype, task_type, adapter_name)
@@ -85,7 +86,7 @@ def import_sparse(
     if value_dtype is not None:
         check_choice("value_dtype", value_dtype, tuple(VALUE_DTYPES))
     if base is sparse_model or (isinstance(base, str) and base == sparse_model):
-        raise ValueError("base and sparse_model are the same. base has to be the dense model.")
+        raise ValueError("base and sparse_model are the same. base must be the dense model.")
     source = open_source(sparse_model)
     model, random = load_base(base, source.architecture)
     names = Names(model, source.names(), source.label)
@@ -122,7 +123,7 @@ def _verified(
     if isinstance(source, Weights):
         missing = set(saved) - copy_saved(model, name, source, names)
         if missing:
-            raise ValueError(f"modules_to_save does not reach {min(missing)!r}. Name the module that holds it.")
+            raise ValueError(f"modules_to_save does not cover {min(missing)!r}. Name the module that contains it.")
     return [
         ImportedMatrix(
             layer.module_name,

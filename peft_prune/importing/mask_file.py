@@ -44,13 +44,13 @@ class MaskFile:
         try:
             self._zip = zipfile.ZipFile(path)
         except _BROKEN as error:
-            raise MaskFormatError(f"{label} is no .npz file ({error}). Download it again.") from error
+            raise MaskFormatError(f"{label} is not an .npz file ({error}). Download it again.") from error
         self._entries: dict[str, zipfile.ZipInfo] = {}
         for entry in self._zip.infolist():
             name = entry.filename.removesuffix(".npy").removesuffix(_SUFFIX)
             if not entry.filename.endswith(".npy") or name in self._entries:
                 raise MaskFormatError(
-                    f"{label}: {entry.filename!r} is no array, or there twice. A mask file is what "
+                    f"{label}: {entry.filename!r} is not an array, or is there twice. A mask file is what "
                     "numpy.savez or numpy.savez_compressed writes."
                 )
             self._entries[name] = entry
@@ -80,15 +80,15 @@ class MaskFile:
             ) from error
         if array.ndim > 1 and array.shape != tuple(shape):
             raise MaskFormatError(
-                f"{self.label}: the mask of {name!r} is {array.shape}, but the parameter is {tuple(shape)} "
-                "in the base model: it was made for another one."
+                f"{self.label}: the mask of {name!r} is {array.shape}, but the parameter is {tuple(shape)} in the "
+                "base model: the mask belongs to another model."
             )
         return torch.from_numpy(np.ascontiguousarray(array).reshape(tuple(shape)))
 
     def _read(self, entry: zipfile.ZipInfo, size: int) -> np.ndarray:
         """An array of `size` bools: of one dimension if it was packed, otherwise as it was stored."""
         if entry.file_size > 8 * size + _HEADER:
-            raise ValueError(f"it takes {entry.file_size} bytes, more than a mask can")
+            raise ValueError(f"it has {entry.file_size} bytes, more than a mask can")
         with self._zip.open(entry) as file:
             version = np.lib.format.read_magic(file)
             if version not in _READERS:

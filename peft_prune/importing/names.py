@@ -15,7 +15,7 @@ from ..tuner.targets import IN_BLOCK
 _COMPRESSED = re.compile(r"\.(weight_packed|weight_scale|compressed|bitmask|qweight|qzeros|weight\.absmax|SCB)$")
 # buffers that old versions of Transformers saved
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$")
-_ANOTHER_CLASS = "Pass models instead, both loaded by the class that knows the checkpoint."
+_ANOTHER_CLASS = "Pass models instead, both loaded with the class of the checkpoint."
 
 
 class Names:
@@ -65,7 +65,7 @@ class Names:
         if not packed:
             return ""
         return (
-            f"it is compressed or quantised, and holds {packed[0]!r} instead. Load it by Transformers, which "
+            f"it is compressed or quantised, and holds {packed[0]!r} instead. Load it with Transformers, which "
             "unpacks it, and pass the model as sparse_model."
         )
 

@@ -184,7 +184,7 @@ def _notes(rows: list[ImportedMatrix], found: Found, label: str, value_dtype: st
             "keeps the base's."
         )
     if found.zeros_of_base:
-        notes.append(f"The base has {found.zeros_of_base:,} zeros of its own in the matrices that were compared.")
+        notes.append(f"The base itself has {found.zeros_of_base:,} zeros in the matrices that were compared.")
     lossy = [row for row in rows if row.changed and row.difference]
     if lossy:
         notes.append(

@@ -23,8 +23,8 @@ def check_structure(model: nn.Module, source: Weights, names: Names) -> None:
         shape = source.shape(names.require(name))
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name!r} is {tuple(tensor.shape)} in the base model, but {shape} in {source.label}: it was made from "
-                "another one."
+                f"{name!r} is {tuple(tensor.shape)} in the base model, but {shape} in {source.label}: it was made "
+                "from another model."
             )
 
 
@@ -84,12 +84,12 @@ def _what_differs(
     shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     problem = f"{label} differs from the base model in {shown}, which no mask covers, so an adapter would lose that."
     if absent := [name for name in names if name in random]:
-        problem += f" The base has no {absent[0]!r} of its own."
+        problem += f" The base has no {absent[0]!r}."
     biases = [name for name in names if name.rpartition(".")[0] in targets]
     if biases:
         return (
-            f"{problem} A bias of a pruned module, such as {biases[0]!r}, cannot be stored beside its mask: the model "
-            "was trained after this base. Take as base the dense model that it was pruned from."
+            f"{problem} A bias of a pruned module, such as {biases[0]!r}, cannot be stored with its mask: the model "
+            "was trained after this base. As base, use the dense model that it was pruned from."
         )
     modules = [name.rpartition(".")[0] for name in names]
     if "" in modules:
@@ -114,8 +114,8 @@ def check_saved(targets: Collection[str], modules_to_save: Optional[list[str]]) 
         clash = next((name for name in targets if re.search(rf"{re.escape(entry)}$", name)), None)
         if clash is not None:
             raise ValueError(
-                f"modules_to_save={modules_to_save!r}: PEFT takes every module whose name ends with {entry!r}, such as "
-                f"{clash!r}, which is pruned. Give a longer name."
+                f"modules_to_save={modules_to_save!r}: PEFT saves every module whose name ends with {entry!r}, such "
+                f"as {clash!r}, which is pruned. Give a longer name."
             )
 
 

@@ -124,8 +124,8 @@ def own_dtype(source: Weights, names: Names, layers: dict[str, PruningLayer]) ->
         dtype = source.dtype(stored)
         if dtype is None:
             raise ValueError(
-                f"{source.label}: {stored!r} is quantised, or of a dtype that no weight has. Load it by Transformers, "
-                "dequantise it, and pass the model as sparse_model."
+                f"{source.label}: {stored!r} is quantised, or has a dtype that is not supported. Load it with "
+                "Transformers, dequantise it, and pass the model as sparse_model."
             )
         dtypes.add(str(dtype).removeprefix("torch."))
     spelled = dtypes.pop() if len(dtypes) == 1 else "float32"
@@ -136,14 +136,14 @@ def check_sparse(found: Found, label: str) -> None:
     """Raise `ValueError` if there is nothing to import: no new zeros, or nothing else."""
     if not found.infos:
         raise ValueError(
-            f"{label}: every matrix that may have been pruned is the base's, {found.zeros_of_base:,} zeros included. "
-            "Either it is not sparse, or base is the sparse model: it has to be the dense one. To go on training a "
-            "sparse model as it is, use MovementPruningConfig(from_existing_zeros=True)."
+            f"{label}: every matrix that could be pruned equals the base's, {found.zeros_of_base:,} zeros included. "
+            "Either it is not sparse, or base is the sparse model instead of the dense one. To continue training a "
+            "sparse model, use MovementPruningConfig(from_existing_zeros=True)."
         )
     if not found.removed:
         raise ValueError(
-            f"{label}: no weight is zero that is not zero in the base as well, so there is nothing to mask. Is it the "
-            "sparse model, and base the dense one?"
+            f"{label}: it has no zeros that the base does not have, so there is nothing to mask. Check that this is "
+            "the sparse model, and base the dense one."
         )
     if not any(info["kept"] for info in found.infos.values()):
         raise ValueError(f"{label}: all matrices are zero. It is damaged, or was not loaded.")

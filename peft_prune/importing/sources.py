@@ -125,7 +125,7 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
     check_torch_load_is_safe()
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise ValueError(f"{path.name} is no checkpoint: it must hold tensors by name, and nothing else.")
+        raise ValueError(f"{path.name} is not a checkpoint: it must hold tensors by name, and nothing else.")
     return found
 
 
@@ -143,7 +143,7 @@ def open_source(sparse_model: Any) -> Weights | MaskFile:
     if isinstance(sparse_model, nn.Module):
         return ModelWeights(sparse_model)
     if not isinstance(sparse_model, (str, os.PathLike)):
-        raise TypeError(f"sparse_model must be a model, a path or a Hub id, and not {type(sparse_model).__name__}.")
+        raise TypeError(f"sparse_model must be a model, a path or a Hub id, not {type(sparse_model).__name__}.")
     source = os.fspath(sparse_model)
     if Path(source).is_file():
         return _of_files(source, [Path(source)])
@@ -153,8 +153,8 @@ def open_source(sparse_model: Any) -> Weights | MaskFile:
             files = _shards(source, path) if name.endswith(_INDEX) else [path]
             return _of_files(source, files, _architecture(source))
     raise ValueError(
-        f"sparse_model={source!r} holds no weights and no masks: none of {', '.join(_WEIGHTS + _MASKS)}. Of a Hub id, "
-        "without a network, only files that were downloaded before are found."
+        f"sparse_model={source!r} holds no weights and no masks: none of {', '.join(_WEIGHTS + _MASKS)}. Without a "
+        "network, only files that were downloaded before are found for a Hub id."
     )
 
 
@@ -171,7 +171,9 @@ def find_file(source: str, name: str) -> Optional[Path]:
     except EntryNotFoundError:  # or it is not in the cache, without a network
         return None
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ValueError(f"{source!r} is no file or folder here, and no model on the Hub that you can read.") from error
+        raise ValueError(
+            f"{source!r} is neither a file or folder here nor a model on the Hub that you can read."
+        ) from error
 
 
 def _of_files(label: str, files: list[Path], architecture: Optional[str] = None) -> Weights | MaskFile:

@@ -30,19 +30,19 @@ def use_sparse_kernels(
 
     Call it on a plain model, after `merge_and_unload` and after the last `.to(device, dtype)`. For each `nn.Linear` and
     Transformers' `Conv1D`, dense is timed against CSR, and against `"2:4"` on GPUs that have it, on random
-    activations, with the device, dtype and threads of the moment. A layer stays dense unless a sparse form is clearly
-    faster. Layers of one shape and about one density (a tenth apart) are measured together, one after the other as in
-    the model.
+    activations, with the current device, dtype and number of threads. A layer stays dense unless a sparse form is
+    clearly faster. Layers of one shape and about one density (a tenth apart) are measured together, one after the other
+    as in the model.
 
     Converted layers are [`SparseLinear`]. `state_dict` and `save_pretrained` give the dense weights. Layers whose
-    weight another module shares, and layers with hooks, are left as they are.
+    weight another module shares, and layers with hooks, are not changed.
 
     Args:
         model (`nn.Module`): without adapters.
         tokens (`int` or sequence of `int`): rows of activations that a layer sees in a call, that is batch × length;
-            1 for generation of one sequence with a cache. Of several numbers, a form has to win at each.
-        margin (`float`): a sparse form is taken if dense takes at least so many times as long.
-        timer (function, *optional*): takes a function without arguments, calls it and returns seconds; by default wall
+            1 for generation of one sequence with a cache. With several numbers, a form must win at each.
+        margin (`float`): a sparse form is used if dense takes at least this many times as long.
+        timer (function, *optional*): calls a function without arguments and returns seconds; by default wall
             time.
 
     Returns:
@@ -74,7 +74,7 @@ def use_sparse_kernels(
 
 def use_dense_kernels(model: nn.Module) -> nn.Module:
     """
-    Turn what [`use_sparse_kernels`] did back, in place; the weights stay frozen.
+    Undo [`use_sparse_kernels`], in place; the weights stay frozen.
 
     Args:
         model (`nn.Module`): any model.
@@ -118,10 +118,12 @@ def _check(model: nn.Module, tokens: Union[int, Sequence[int]], margin: float) -
     if any(isinstance(m, (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()):
         raise ValueError("The model has adapters. Call `model = model.merge_and_unload()` first, then this.")
     if isinstance(model, (nn.Linear, Conv1D)):
-        raise ValueError(f"model={type(model).__name__}: a layer cannot be replaced in itself; give a model around it.")
+        raise ValueError(
+            f"model={type(model).__name__}: a single layer cannot be replaced; pass a model that contains it."
+        )
     sizes = tuple(tokens) if isinstance(tokens, (list, tuple)) else (tokens,)
     if not sizes or not all(type(size) is int and size >= 1 for size in sizes):
-        raise ValueError(f"tokens={tokens!r}: give a whole number of rows of at least 1, or several.")
+        raise ValueError(f"tokens={tokens!r}: must be a whole number of rows, at least 1, or several such numbers.")
     if not margin >= 1:
-        raise ValueError(f"margin={margin}: less than 1 would take forms that are slower than dense.")
+        raise ValueError(f"margin={margin} must be at least 1; less would choose forms slower than dense.")
     return sizes

@@ -140,4 +140,4 @@ class CSRKernel(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_matrix": None}  # it shares memory with the buffers; a copy is made anew
+        return self.__dict__ | {"_matrix": None}  # it shares memory with the buffers; a copy is rebuilt

@@ -40,7 +40,7 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dense weight, made anew by every call: (out, in), or (in, out) for a `Conv1D`."""
+        """The dense weight, recomputed in every call: (out, in), or (in, out) for a `Conv1D`."""
         dense = self.kernel.dense()
         return dense.T.contiguous() if self.transposed else dense
 

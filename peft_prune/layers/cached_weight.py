@@ -19,7 +19,7 @@ def version(tensor: torch.Tensor) -> int:
 
 
 class CachedWeight:
-    """One tensor, and what it was made from: it is made anew when one of these is another tensor, or was changed.
+    """One tensor, and what it was made from: it is recomputed when one of these is another tensor, or was changed.
 
     Changes are known by the counters that torch keeps of operations in place. Operations on `weight.data` are not
     counted; `model.train()` drops what is cached.
@@ -54,10 +54,10 @@ class CachedWeight:
 
 
 def cache_masked_weights(model: nn.Module, enabled: bool = True) -> None:
-    """Switch the cache of masked weights on or off; it is on from the start.
+    """Switch the cache of masked weights on or off; it is on by default.
 
     In eval mode and without gradients, each pruned layer keeps its masked weight, so that the pruned weights are in
-    memory twice. `model.merge_adapter()` is as fast and needs no memory; switch the cache off where neither will do.
+    memory twice. `model.merge_adapter()` is as fast and needs no memory; switch the cache off if you can use neither.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers.

@@ -1,4 +1,4 @@
-"""How adapters are added to a layer, and the mask that is in force."""
+"""How adapters are added to a layer, and the current mask."""
 
 from __future__ import annotations
 
@@ -174,11 +174,11 @@ class AdapterMasks(AdapterTensors):
         return adapter_name in self.mask or adapter_name in self.held("bits")
 
     def get_mask(self, adapter_name: str) -> torch.Tensor:
-        """Mask in force: bool, shape (out, in)."""
+        """Current mask: bool, shape (out, in)."""
         return unpack_bits(self.mask_bits(adapter_name), self.shape)
 
     def mask_bits(self, adapter_name: str) -> torch.Tensor:
-        """Mask in force, packed: uint8, one dimension. It stays the same tensor until the mask is final."""
+        """Current mask, packed: uint8, one dimension. It stays the same tensor until the mask is final."""
         bits = self.held("bits")
         if adapter_name in bits:
             return bits[adapter_name]
@@ -190,13 +190,13 @@ class AdapterMasks(AdapterTensors):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_bits(self, adapter_name: str, mask: torch.Tensor) -> None:
-        """Put a mask (bool, shape (out, in)) in force. Every change of a mask before it is final goes through here."""
+        """Set the mask (bool, shape (out, in)). Every change of a mask before it is final goes through here."""
         self.held("bits")[adapter_name].copy_(pack_bits(mask))
         self.cached_weight.clear()
 
     @torch.compiler.disable
     def renew(self, adapter_name: str) -> None:
-        """Find the mask again, as the method's rule says, and put it in force. Rules that choose once do nothing."""
+        """Find the mask again, as the method's rule says, and set it. Rules that choose once do nothing."""
         host = self.host[adapter_name]
         if self.merged and host.recipe.needs_weights:
             raise ValueError(
@@ -270,7 +270,8 @@ def not_calibrated(config: Any) -> str:
 def not_started(name: str, config: Any) -> str:
     """What to tell who trains scores whose calibrated start is not known."""
     return (
-        f"the scores of adapter {name!r} are to start at score_init={config.score_init!r}, which looks at inputs, and "
-        "none have been shown. Call peft_prune.calibrate(model, batches) once before training; PruningTrainer and "
-        "PruningCallback do so with examples of the training data. Or use score_init='magnitude', which needs none."
+        f"the scores of adapter {name!r} start at score_init={config.score_init!r}, which needs inputs, but the "
+        "model has not been calibrated. Call peft_prune.calibrate(model, batches) once before training; "
+        "PruningTrainer and PruningCallback do so with examples of the training data. Or use "
+        "score_init='magnitude', which needs no inputs."
     )

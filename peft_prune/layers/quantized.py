@@ -24,7 +24,7 @@ class PrunedQuantizedLinear(PruningLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantised weight: floating point, shape (out, in). Made anew at each access."""
+        """The dequantised weight: floating point, shape (out, in). Recomputed at each access."""
         return dequantized_weight(self.get_base_layer()).detach()
 
     @property

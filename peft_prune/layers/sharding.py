@@ -66,8 +66,8 @@ def unsplit(name: str, module: Any) -> Any:
     """A module that is yet to be pruned; raises `ValueError` if DeepSpeed has split it."""
     if hasattr(module.weight, "ds_id"):
         raise ValueError(
-            f"The weight of {name!r} is split among processes by DeepSpeed ZeRO-3 already, so it cannot be looked "
-            "at. Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
+            f"The weight of {name!r} is already split among processes by DeepSpeed ZeRO-3, so it cannot be read. "
+            "Load the model and call get_peft_model before TrainingArguments(deepspeed=...) is created."
         )
     return module
 
@@ -79,8 +79,8 @@ def without_shards(state: dict[str, torch.Tensor], prefix: str) -> dict[str, tor
 
 
 _DATA_PARALLEL = (
-    "torch.nn.DataParallel cannot be used with pruning adapters: it copies the model to all GPUs in each forward pass, "
-    "and the copies share what the layers know of their masks. Start one process per GPU: `torchrun --nproc_per_node N "
+    "torch.nn.DataParallel cannot be used with pruning adapters: it copies the model to all GPUs in each forward "
+    "pass, and the copies share the state of the masks. Start one process per GPU: `torchrun --nproc_per_node N "
     "script.py` or `accelerate launch script.py`; Trainer does the rest. To use a single GPU, set "
     "CUDA_VISIBLE_DEVICES=0."
 )
@@ -125,9 +125,10 @@ def check_wrapping(model: nn.Module, layers: Sequence[Any]) -> None:
         for name, part in layer.named_modules():
             if part is not layer and isinstance(part, FSDPModule):
                 raise ValueError(
-                    f"FSDP wraps {name!r} inside the pruned layer {layer.module_name!r} as a unit of its own, so "
-                    "weight and scores are never whole together. Wrap whole blocks: "
-                    "fsdp_config={'transformer_layer_cls_to_wrap': ['BertLayer']}, or your model's class of blocks."
+                    f"FSDP wraps {name!r} inside the pruned layer {layer.module_name!r} as a separate unit, so "
+                    "weight and scores are never whole at the same time. Wrap whole blocks: "
+                    "fsdp_config={'transformer_layer_cls_to_wrap': ['BertLayer']}, or your model's class of "
+                    "blocks."
                 )
 
 

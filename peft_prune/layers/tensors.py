@@ -15,7 +15,7 @@ from .host import Host
 class AdapterTensors(nn.Module, BaseTunerLayer):
     """What a layer that replaces a target module holds.
 
-    While an adapter is trained, a layer holds its `bits` (uint8, packed: the mask in force), `progress` (int64:
+    While an adapter is trained, a layer holds its `bits` (uint8, packed: the current mask), `progress` (int64:
     optimizer step, total steps, number of weights kept), and what importance and update train: `scores` (float, one for
     each unit) or their factors `scores_A` and `scores_B`, perhaps with a calibrated `start` (int32); `update` (float,
     shape (out, in)), or `A`, `B`, `sparse` and `support`. Once it is final, a layer holds `mask` (uint8, entropy

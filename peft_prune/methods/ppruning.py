@@ -24,38 +24,38 @@ CRITERIA = ("similarity", "magnitude", "random")
 @dataclass
 class PPruningConfig(UnitsConfig):
     """
-    Configuration of P-pruning (Wang et al. 2024), which removes attention heads and feed-forward neurons that do what
-    others do already, seen on inputs of the task. Nothing is trained: get the model, then call
-    [`peft_prune.calibrate`] once. Fine-tune the smaller model that `merge_and_unload()` returns.
+    Configuration of P-pruning (Wang et al. 2024), which removes attention heads and feed-forward neurons that behave
+    like others on inputs of the task. Nothing is trained: get the model, then call [`peft_prune.calibrate`] once.
+    Fine-tune the smaller model that `merge_and_unload()` returns.
 
     Args:
         keep_ratio (`float`):
-            Share of the FLOPs of attentions and feed-forward networks that stays, in (0, 1].
+            Share of the FLOPs of attentions and feed-forward networks to keep, in (0, 1].
         lambda_ffn (`float`):
-            λ: how much more is taken from neurons than from heads.
+            λ: how much more is removed from neurons than from heads.
         sequence_length (`int`):
             Tokens of the sequence that FLOPs are counted for.
         num_samples (`int`):
-            Number of examples that `calibrate` looks at.
+            Number of examples that `calibrate` uses.
         num_tokens (`int`):
             Number of tokens among them whose activations are compared.
         head_similarity (`str`):
-            How dimensions of two heads are matched: `"assignment"` (the best way) or `"greedy"` (the paper's).
+            How dimensions of two heads are matched: `"assignment"` (optimal) or `"greedy"` (the paper's).
         linkage (`str`):
             `"complete"` (the paper's), `"average"` or `"single"`.
         init_weights (`bool`):
-            If `False`, a random choice of heads and neurons is in force until `calibrate` makes its own. For tests.
+            If `False`, a random mask of heads and neurons is used until `calibrate` chooses one. For tests.
         criterion (`str`):
-            `"similarity"` (the paper's), or as baselines `"magnitude"` (units with the smallest weights go) or
+            `"similarity"` (the paper's), or as baselines `"magnitude"` (removes the units with the smallest weights) or
             `"random"`.
         min_share (`float`):
-            Share of the heads and of the neurons of each layer that stays in any case (not in the paper, where it is
-            0); at least one does.
+            Share of the heads and of the neurons of each layer that is always kept (not in the paper, where it is 0);
+            at least one is.
         seed (`int`):
             Seed of the sample of tokens, and of `criterion="random"`.
         repair (`bool`):
-            Whether the weights that stay make up for those that are removed (not in the paper). The adapter then holds
-            new values of the matrices that heads and neurons feed, and not only a mask.
+            Whether the kept weights are adjusted to compensate for the removed ones (not in the paper). The adapter
+            then holds new values of the matrices that heads and neurons feed, not only a mask.
         damping, value_dtype: of `repair`, see [`StructuredPruningConfig`].
 
     Example:
@@ -67,9 +67,9 @@ class PPruningConfig(UnitsConfig):
         ```
     """
 
-    keep_ratio: float = field(default=0.5, metadata={"help": "Share of the FLOPs that stays, in (0, 1]."})
-    lambda_ffn: float = field(default=5.0, metadata={"help": "How much more is taken from neurons than from heads."})
-    num_samples: int = field(default=3000, metadata={"help": "Examples that calibration looks at."})
+    keep_ratio: float = field(default=0.5, metadata={"help": "Share of the FLOPs to keep, in (0, 1]."})
+    lambda_ffn: float = field(default=5.0, metadata={"help": "How much more is removed from neurons than from heads."})
+    num_samples: int = field(default=3000, metadata={"help": "Number of calibration examples."})
     num_tokens: int = field(default=200, metadata={"help": "Tokens whose activations are compared."})
     head_similarity: str = field(default="assignment", metadata={"help": "'assignment' or 'greedy' (the paper's)."})
     linkage: str = field(default="complete", metadata={"help": "'complete', 'average' or 'single'."})

@@ -48,14 +48,14 @@ class SMPConfig(TrainedConfig):
         preset (`str`):
             `"paper"`: sparsity grows on a cubic over the first 60 % of training, the penalty on a cubic over all of it
             to 400, scores start at 0. `"encoder"`: the same, but scores start at `|W| / std(W)`, since from 0 a short
-            training does not get away from the noise of its first steps. `"causal_lm"`: scores start at Wanda's
-            ranking of what calibration sees, weights compete within a row, the sparsity is final from the first step
-            on, there is no penalty, and the scores' betas are 0.9 and 0.99. `"auto"`: `"causal_lm"` with
-            `task_type="CAUSAL_LM"`, otherwise `"encoder"`.
+            training does not recover from the noise of its first steps. `"causal_lm"`: scores start at Wanda's ranking
+            on calibration data, weights compete within a row, the sparsity is final from the first step on, there is no
+            penalty, and the scores' betas are 0.9 and 0.99. `"auto"`: `"causal_lm"` with `task_type="CAUSAL_LM"`,
+            otherwise `"encoder"`.
         score (`str`):
-            `"movement"`: each weight has a score of its own, as in the paper. `"low_rank"`: the scores of a matrix are
-            where they start, plus a product of rank `score_rank`, plus a number for each row and each column (PST, Li
-            et al. 2022), so that as few numbers are trained as by a LoRA.
+            `"movement"`: each weight has its own score, as in the paper. `"low_rank"`: the scores of a matrix are their
+            initial values, plus a product of rank `score_rank`, plus one number per row and per column (PST, Li et al.
+            2022). That trains as few numbers as a LoRA.
 
     Example:
 

@@ -25,7 +25,7 @@ SOLVERS = ("admm", "sparsegpt")
 @dataclass
 class SparseGPTConfig(OneShotConfig):
     """
-    Configuration of one-shot pruning that rewrites the weights that stay, so that each layer's output changes least on
+    Configuration of one-shot pruning that rewrites the kept weights, so that each layer's output changes least on
     calibration data. Get the model, then call [`peft_prune.calibrate`] with batches of text.
 
     Args:
@@ -38,8 +38,8 @@ class SparseGPTConfig(OneShotConfig):
         value_dtype (`str`):
             How kept values are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each row.
         update (`str`):
-            `"low_rank"` adds a LoRA beside the mask, which starts by making up for part of what the new values cannot,
-            in closed form, and can be trained. `"none"` adds nothing.
+            `"low_rank"` adds a LoRA beside the mask, initialised in closed form to repair part of what the new values
+            cannot; it can be trained. `"none"` adds nothing.
         r (`int`): rank of `update="low_rank"`.
         lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
     """

@@ -31,37 +31,38 @@ class StructuredPruningConfig(UnitsConfig):
     """
     Configuration of structured pruning without training: attention heads (groups of them, where they share keys and
     values) and feed-forward neurons are removed where the output loses least per FLOP or parameter, over the whole
-    model, and the weights that stay make up for them. Get the model, then call [`peft_prune.calibrate`] with batches of
-    text; `merge_and_unload()` returns a smaller model.
+    model, and the kept weights are adjusted to compensate. Get the model, then call [`peft_prune.calibrate`] with
+    batches of text; `merge_and_unload()` returns a smaller model.
 
     Args:
         keep_ratio (`float`):
-            Share of the FLOPs (or parameters) of attentions and feed-forward networks that stays, in (0, 1].
+            Share of the FLOPs (or parameters) of attentions and feed-forward networks to keep, in (0, 1].
         budget (`str`):
             What `keep_ratio` counts: `"flops"` or `"parameters"`.
         criterion (`str`):
-            `"loss"`: greedily, the units without which the output loses least when the others make up for them (Optimal
-            Brain Surgeon for groups of columns, as ZipLM and SlimGPT). `"activation"`: each unit by itself,
-            `‖W_j‖·rms(x_j)`. Of both, losses of a layer count as much as the model's predictions depend on its output
-            (trace of the Fisher information, from one backward pass over 2,048 tokens). As baselines, in equal shares
-            of each layer: `"similarity"` (as P-pruning), `"magnitude"` and `"random"`.
+            `"loss"`: greedily, the units whose removal costs the output least when the others compensate (Optimal Brain
+            Surgeon for groups of columns, as ZipLM and SlimGPT). `"activation"`: each unit by itself, `‖W_j‖·rms(x_j)`.
+            Both weight the losses of a layer by how much the model's predictions depend on its output (trace of the
+            Fisher information, from one backward pass over 2,048 tokens). As baselines, in equal shares of each layer:
+            `"similarity"` (as P-pruning), `"magnitude"` and `"random"`.
         repair (`bool`):
-            Whether the weights that stay make up for those that are removed, by least squares on the calibration data.
-            The adapter then holds new values of the matrices that heads and neurons feed, and not only a mask.
+            Whether the kept weights are adjusted to compensate for the removed ones, by least squares on the
+            calibration data. The adapter then holds new values of the matrices that heads and neurons feed, not only a
+            mask.
         lambda_ffn (`float`, *optional*):
-            How much more is taken from neurons than from heads; by default heads and neurons are in one list.
+            How much more is removed from neurons than from heads; by default both are ranked in one list.
         min_share (`float`):
-            Share of the heads and of the neurons of each layer that stays in any case; at least one does.
+            Share of the heads and of the neurons of each layer that is always kept; at least one is.
         keep_layers (`int`, *optional*):
-            Number of layers (blocks) that stay; the others are removed as a whole, never the first. They count towards
-            `keep_ratio`: what they leave of the budget is met by heads and neurons, so `keep_ratio=1.0` removes layers
-            only. For models with one stack of blocks and their norms before attention and feed-forward.
+            Number of layers (blocks) to keep; the others are removed as a whole, never the first. They count towards
+            `keep_ratio`: heads and neurons meet the rest of the budget, so `keep_ratio=1.0` removes layers only. For
+            models with one stack of blocks and their norms before attention and feed-forward.
         layer_criterion (`str`):
             `"influence"`: the layers that change the direction of hidden states least (ShortGPT). `"loss"`: one layer
             after the other, the one without which the model's answers change least (KL divergence from the dense
             model).
         layer_samples (`int`):
-            Number of examples that layers are chosen on.
+            Number of examples for choosing layers.
         sequence_length (`int`):
             Tokens of the sequence that FLOPs are counted for.
         damping (`float`):
@@ -70,9 +71,9 @@ class StructuredPruningConfig(UnitsConfig):
             How repaired weights are stored: `"float32"`, `"float16"`, `"bfloat16"`, or `"int8"` with a scale for each
             row.
         num_samples (`int`):
-            Number of examples that `calibrate` looks at.
+            Number of examples that `calibrate` uses.
         init_weights (`bool`):
-            If `False`, a random choice of heads and neurons is in force until `calibrate` makes its own. For tests.
+            If `False`, a random mask of heads and neurons is used until `calibrate` chooses one. For tests.
         seed (`int`):
             Seed of `criterion="random"`.
 
@@ -85,17 +86,19 @@ class StructuredPruningConfig(UnitsConfig):
         ```
     """
 
-    keep_ratio: float = field(default=0.8, metadata={"help": "Share of the FLOPs or parameters that stays."})
+    keep_ratio: float = field(default=0.8, metadata={"help": "Share of the FLOPs or parameters to keep."})
     budget: str = field(default="flops", metadata={"help": "'flops' or 'parameters'."})
     criterion: str = field(default="loss", metadata={"help": f"One of {', '.join(CRITERIA)}."})
-    repair: bool = field(default=True, metadata={"help": "Whether weights that stay make up for what is removed."})
+    repair: bool = field(default=True, metadata={"help": "Whether kept weights compensate for removed ones."})
     lambda_ffn: Optional[float] = field(
-        default=None, metadata={"help": "How much more is taken from neurons than from heads; None: one list."}
+        default=None, metadata={"help": "How much more is removed from neurons than from heads; None: one list."}
     )
-    min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that stays."})
+    min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that is always kept."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
     keep_layers: Optional[int] = field(default=None, metadata={"help": "Layers that stay; None: all of them."})
-    layer_criterion: str = field(default="influence", metadata={"help": "Which layers go: 'influence' or 'loss'."})
+    layer_criterion: str = field(
+        default="influence", metadata={"help": "How layers are chosen: 'influence' or 'loss'."}
+    )
     layer_samples: int = field(default=4, metadata={"help": "Examples that layers are chosen on."})
 
     def __post_init__(self, density: Optional[float] = None):

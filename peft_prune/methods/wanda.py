@@ -23,18 +23,18 @@ from ..updates.base import Keep
 @dataclass
 class WandaConfig(OneShotConfig):
     """
-    Configuration of Wanda (Sun et al. 2024): of each row the weights with the largest `|W| · ‖x‖` stay, and swaps
+    Configuration of Wanda (Sun et al. 2024): in each row the weights with the largest `|W| · ‖x‖` are kept, and swaps
     improve that choice. No weight changes. Get the model, then call [`peft_prune.calibrate`] with batches of text.
 
     Args:
-        sparsity (`float`, *optional*): share of the weights of each row that is removed; 0.5 by default.
+        sparsity (`float`, *optional*): share of the weights of each row to remove; 0.5 by default.
         refine (`str`, *optional*):
             `"swaps"` improves the mask until no swap of a kept and a removed weight of a row lowers the loss of the
             output (SparseSwaps, arXiv 2512.10922); it needs the Gram matrix of each layer's inputs. `None` is the
             paper's form: half the time, and less memory.
         update (`str`):
-            `"none"`: the mask is all that is stored. `"low_rank"`: a LoRA beside the mask, which starts by making up
-            for part of the damage in closed form (SLiM, arXiv 2410.09615) and can be trained.
+            `"none"`: only the mask is stored. `"low_rank"`: a LoRA beside the mask, initialised in closed form to
+            repair part of the damage (SLiM, arXiv 2410.09615); it can be trained.
         r (`int`): rank of `update="low_rank"`.
         lora_alpha (`float`): α of `update="low_rank"`, which is scaled by `lora_alpha / r`.
     """

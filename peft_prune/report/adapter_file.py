@@ -28,7 +28,7 @@ class AdapterFile:
         config ([`PruningConfig`]): the adapter's configuration.
         tensors (`dict[str, torch.Tensor]`): stored masks by module name, uint8.
         values (`dict[str, torch.Tensor]`): stored kept values by module name, uint8; empty if weights are the base's.
-        others (`dict[str, torch.Tensor]`): what is stored beside the masks, such as a classifier, by key.
+        others (`dict[str, torch.Tensor]`): all other stored tensors, such as a classifier, by key.
     """
 
     source: str
@@ -109,7 +109,7 @@ def read_adapter(source: str) -> AdapterFile:
     """
     config = PeftConfig.from_pretrained(source)
     if not isinstance(config, PruningConfig):
-        raise ValueError(f"{source} holds a {config.peft_type} adapter, which is no pruning method of peft_prune.")
+        raise ValueError(f"{source} holds a {config.peft_type} adapter, which is not a pruning method of peft_prune.")
     if not config.finalized:
         raise ValueError(f"{source} holds a training checkpoint. Masks are final after peft_prune.finalize(model).")
     method = str(config.peft_type.value).lower()  # type: ignore[union-attr]

@@ -29,11 +29,10 @@ def density_markdown(adapter: AdapterFile) -> str:
 def write_model_card(
     folder: str, evaluation: Optional[Mapping[str, float]] = None, dataset: Optional[str] = None
 ) -> str:
-    """Write README.md and a picture of the density into an adapter's folder.
+    """Write README.md and a plot of the density into an adapter's folder.
 
     Only what stands between `<!-- peft_prune:begin -->` and `<!-- peft_prune:end -->` is replaced, and a README.md that
-    is still PEFT's empty template. In any other the rest of the text stays, and the metadata; without such comments
-    the block is added.
+    is still PEFT's empty template. Otherwise your text and metadata are kept; without such comments the block is added.
 
     Args:
         folder (`str`): an adapter saved by `save_pretrained`.

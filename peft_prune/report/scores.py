@@ -1,4 +1,4 @@
-"""A picture of the scores that decide what stays."""
+"""A plot of the scores that decide what is kept."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def plot_scores(model: nn.Module, adapter_name: Optional[str] = None, bins: int 
     """Histogram of the scores of each kind of matrix, what is kept and what is removed, with the thresholds.
 
     A threshold is the lowest score that is kept, and each matrix has its own, a vertical line. Where methods keep the
-    largest magnitudes, those are shown. Scores end with training: look before [`peft_prune.finalize`], for instance
-    with `PruningCallback(finalize_at_end=False)`, or at a checkpoint that was loaded with `is_trainable=True`.
+    largest magnitudes, those are shown. Scores are dropped after training: plot before [`peft_prune.finalize`], for
+    instance with `PruningCallback(finalize_at_end=False)`, or at a checkpoint that was loaded with `is_trainable=True`.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers in training.

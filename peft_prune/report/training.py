@@ -30,7 +30,7 @@ def training_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve
     entries = [entry for entry in log_history if "sparsity" in entry]
     if not entries:
         raise ValueError(
-            "log_history holds no sparsity. It has to be trainer.state.log_history of a training with PruningTrainer "
+            "log_history holds no sparsity. It must be trainer.state.log_history of a training with PruningTrainer "
             "or PruningCallback, which logged at least once: lower TrainingArguments.logging_steps."
         )
     curves: dict[str, Curve] = {}

@@ -66,7 +66,7 @@ class Rule:
         return spread(self.units(layer, name, ranking, kept), block)
 
     def shares(self, model: Any, name: str, layers: list[Any]) -> dict[str, float]:
-        """What calibration reports of the masks in force: `sparsity` by default."""
+        """What calibration reports of the current masks: `sparsity` by default."""
         sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
         return {"sparsity": 1.0 - sum(int(layer.get_mask(name).sum()) for layer in layers) / sum(sizes)}
 
@@ -81,7 +81,7 @@ class Rule:
         return set()
 
     def removes_more(self, model: Any, name: str, layers: list[Any]) -> bool:
-        """Whether anything has to go beside what the masks in force have removed."""
+        """Whether anything has to go beside what the current masks have removed."""
         return True
 
     def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:

@@ -126,7 +126,7 @@ class Budget(Rule):
         return Plan(site, cost, heights[:most], order[:most])
 
     def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """As many units as before, chosen anew by the inputs behind pruned layers."""
+        """As many units as before, chosen again by the inputs behind pruned layers."""
         host, mask = layer.host[name], layer.get_mask(name)
         alive = mask[0].cpu()[host.units[:, 0]]
         gone = int((~alive).sum())

@@ -32,7 +32,7 @@ class Schedule:
     curve: str = "cubic"
 
     def at(self, step: int, total_steps: int) -> float:
-        """Value in force for the optimizer step number `step` (0 is the first) of `total_steps`."""
+        """Value for the optimizer step number `step` (0 is the first) of `total_steps`."""
         progress = step / total_steps
         if progress < self.start:
             return self.initial

@@ -108,7 +108,7 @@ def parse_granularity(text: str) -> Granularity:
     first, second = int(match[1]), int(match[3])
     if match[2] == "x":
         if not (first and second):
-            raise ValueError(f"granularity={text!r} must have one row and one column at least, such as '32x32'.")
+            raise ValueError(f"granularity={text!r} must have at least one row and one column, such as '32x32'.")
         return BlockGranularity(first, second)
     if not 1 <= first < second:
         raise ValueError(f"granularity={text!r} must keep at least 1 and fewer than all {second} weights: 1 ≤ n < m.")

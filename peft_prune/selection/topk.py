@@ -23,10 +23,10 @@ _on_device = radix_topk
 
 
 def compile_selection(enabled: bool = True) -> None:
-    """Compile what finds the largest scores on accelerators, by `torch.compile`, or undo that.
+    """Compile the selection of the largest scores on accelerators with `torch.compile`, or undo that.
 
-    A few kernels for each matrix then, where there are some hundred small ones. `PruningCallback` does so if
-    `TrainingArguments(torch_compile=True)` is set. On a CPU it changes nothing: selection is NumPy's there.
+    This gives a few kernels per matrix instead of some hundred small ones. `PruningCallback` does it if
+    `TrainingArguments(torch_compile=True)` is set. On a CPU it changes nothing: selection uses NumPy there.
 
     Raises:
         ValueError: `enabled` is neither `True` nor `False`.

@@ -69,5 +69,5 @@ def admm(
 
 
 def _at(pattern: Pattern, progress: float) -> Pattern:
-    """The pattern in force; groups have all that they keep from the start."""
+    """The current pattern; groups have all that they keep from the start."""
     return pattern if isinstance(pattern, tuple) else pattern * (1.0 - (1.0 - progress) ** 3)

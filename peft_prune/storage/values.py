@@ -39,7 +39,7 @@ def encode_values(matrix: torch.Tensor, mask: torch.Tensor, dtype: str) -> torch
     else:
         parts = [kept.to(getattr(torch, dtype))]
     if not all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point()):
-        raise ValueError(f"A kept value is not finite in {dtype}. Use value_dtype='float32', or train anew.")
+        raise ValueError(f"A kept value is not finite in {dtype}. Use value_dtype='float32', or train again.")
     return torch.cat([_as_bytes(part) for part in parts])
 
 

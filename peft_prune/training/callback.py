@@ -42,8 +42,8 @@ def _warn_about_groups(model: Any, optimizer: Any, learning_rate: Optional[float
                 )
             if ours and group.get("weight_decay"):
                 warnings.warn(
-                    f"weight_decay={group['weight_decay']:g} is applied to the scores, which draws them to 0, and the "
-                    f"masks with them. {_INSTEAD} Neither decays scores. Or set weight_decay=0.",
+                    f"weight_decay={group['weight_decay']:g} is applied to the scores, which pulls them towards 0 "
+                    f"and changes the masks. {_INSTEAD} Neither decays scores. Or set weight_decay=0.",
                     UserWarning,
                     stacklevel=3,
                 )
@@ -57,20 +57,21 @@ def without_densities(logs: dict[str, float]) -> dict[str, float]:
 class PruningCallback(TrainerCallback):
     """Advances sparsity and penalty after each optimizer step, logs them, and finalizes the masks at the end.
 
-    Scores with a calibrated start that nobody has calibrated are calibrated on examples of the training data first.
+    Scores with a calibrated start that have not been calibrated yet are calibrated on examples of the training data
+    first.
 
-    Works with any [`~transformers.Trainer`], TRL's included. It does not make the optimizer, and warns if scores are
+    Works with any [`~transformers.Trainer`], TRL's included. It does not create the optimizer. It warns if scores are
     trained at the learning rate, or with the weight decay, of other weights: see [`PruningTrainerMixin`].
     `load_best_model_at_end` compares evaluations at the final sparsity only: an early, denser model would always look
     better.
 
     Args:
-        finalize_at_end (`bool`): turn scores into masks when training ends. With `False` they stay trainable, and
-            [`peft_prune.finalize`] is yours to call.
+        finalize_at_end (`bool`): turn scores into masks when training ends. With `False` they stay trainable, and you
+            call [`peft_prune.finalize`].
 
     Raises:
         ValueError: at the beginning of training, if the model has no pruning adapter with trainable scores, or if
-            `Trainer` spreads it over several GPUs by `DataParallel`.
+            `Trainer` uses `DataParallel` for several GPUs.
     """
 
     def __init__(self, finalize_at_end: bool = True) -> None:

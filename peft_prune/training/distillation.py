@@ -51,9 +51,9 @@ def distillation_loss(
     problem_type: Optional[str] = None,
     overwrite_teacher: bool = False,
 ) -> torch.Tensor:
-    """Distance of a student's outputs from a teacher's, for every head whose outputs Transformers names.
+    """Distance of a student's outputs from a teacher's, for every head named below.
 
-    Classification: soft cross entropy; of several labels at once, that of each label by itself. Regression: squared
+    Classification: soft cross entropy; with several labels at once, of each label separately. Regression: squared
     error. Token classification and language modelling: soft cross entropy over the positions whose label is not -100.
     Question answering: mean over start and end.
 
@@ -61,14 +61,14 @@ def distillation_loss(
         student: model output with `logits`, or `start_logits` and `end_logits`.
         teacher: the teacher's output for the same inputs.
         temperature (`float`): τ.
-        labels (`torch.Tensor`, *optional*): shape (batch, positions), for heads that answer at every position. Of a
-            causal LM, each at the position that it is predicted from: shifted to the left by one.
+        labels (`torch.Tensor`, *optional*): shape (batch, positions), for heads that answer at every position. For a
+            causal LM, each at the position that predicts it: shifted to the left by one.
         num_items (*optional*): number of labels in the whole accumulated batch, to divide the sum by; by default the
             mean over this one is taken.
         problem_type (`str`, *optional*): that of the model's config. By default one output is a regression, and several
             are `"single_label_classification"`.
-        overwrite_teacher (`bool`): whether the teacher's logits are needed no longer. Those of token classification and
-            language modelling are overwritten then, which saves memory of their size.
+        overwrite_teacher (`bool`): whether the teacher's logits are no longer needed. Those of token classification and
+            language modelling are then overwritten, which saves memory of their size.
 
     Raises:
         ValueError: student and teacher answer in different shapes.

@@ -38,16 +38,16 @@ def _divides_by_item_count(model: Any) -> bool:
 
 class DistillationTrainer(Trainer):
     """
-    [`~transformers.Trainer`] with a teacher, whatever is trained: a smaller model and the LoRA on it, for instance.
-    [`PruningTrainer`] is this and pruning.
+    [`~transformers.Trainer`] with a teacher, for any model: for instance a smaller model with a LoRA on it.
+    [`PruningTrainer`] adds pruning.
 
     Args:
         teacher (`nn.Module` or `str`, *optional*): a trained model to distil from; put in eval mode, never trained.
-            `"base"`: the base model itself, that is the model without its adapters, which takes no second copy in
-            memory. It has to know the task, as a language model does that is to stay what it was.
+            `"base"`: the model without its adapters, which needs no second copy in memory. It must know the task
+            already, as a language model does.
         distillation_alpha (`float`): weight of the distillation in `(1 − α) · task + α · distillation`.
         distillation_temperature (`float`): τ.
-        kwargs: everything that [`~transformers.Trainer`] takes.
+        kwargs: all other arguments of [`~transformers.Trainer`].
 
     Raises:
         ValueError: `distillation_alpha` is not in [0, 1], `distillation_temperature` not positive, or the teacher a
@@ -77,15 +77,15 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"distillation_temperature={distillation_temperature!r} must be positive; try 2.")
         if teacher is not None and teacher != "base" and not isinstance(teacher, nn.Module):
             raise TypeError(
-                f"teacher={teacher!r} must be a model, loaded by from_pretrained, or 'base', the model without its "
+                f"teacher={teacher!r} must be a model, loaded with from_pretrained, or 'base', the model without its "
                 "adapters."
             )
         super().__init__(*args, **kwargs)
         trained = map(id, cast(nn.Module, self.model).modules())
         if isinstance(teacher, nn.Module) and not {id(m) for m in teacher.modules()}.isdisjoint(trained):
             raise ValueError(
-                "teacher is, or contains, a part of the model that is trained: get_peft_model changes the base model "
-                "itself. Use teacher='base', which takes no second copy; or load the teacher a second time, by "
+                "teacher shares modules with the model that is trained: get_peft_model changes the base model in "
+                "place. Use teacher='base', which needs no second copy; or load the teacher separately with "
                 "from_pretrained, or copy.deepcopy it before get_peft_model."
             )
         self.distillation_alpha = distillation_alpha

@@ -26,15 +26,15 @@ def _print_less(callback: Any) -> None:
 
 class PruningTrainerMixin:
     """
-    Makes a subclass of [`~transformers.Trainer`] prune; [`PruningTrainer`] is this and distillation.
+    Makes a subclass of [`~transformers.Trainer`] prune; [`PruningTrainer`] adds distillation.
 
     Put it before the trainer. It adds a [`PruningCallback`] if there is none, gives the scores their own learning rate
-    and no weight decay, and logs sparsity, penalty and densities beside the loss. Training can be resumed as usual.
+    and no weight decay, and logs sparsity, penalty and densities with the loss. Training can be resumed as usual.
 
     Args:
-        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. That of the
-            `TrainingArguments` is for everything else.
-        args, kwargs: everything that the trainer takes.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
+            `TrainingArguments.learning_rate` is for everything else.
+        args, kwargs: arguments of the trainer.
 
     Example:
 

@@ -99,13 +99,13 @@ def create_pruning_optimizer(
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """Create an optimizer for a plain training loop, as PEFT's `create_loraplus_optimizer`.
+    """Create an optimizer for a custom training loop, like PEFT's `create_loraplus_optimizer`.
 
     Args:
         model (`nn.Module`): any model that contains pruning layers with trainable scores.
         lr (`float`): learning rate of everything but the scores, for instance the classifier.
-        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. Betas of their
-            own are those of the config, `score_betas`.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. Their betas are
+            the config's `score_betas`, if set.
         optimizer_cls (`type`): class of the optimizer.
         weight_decay (`float`): for weights other than scores, biases and norms.
         kwargs: passed on to the optimizer.

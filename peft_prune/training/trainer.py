@@ -13,11 +13,11 @@ class PruningTrainer(PruningTrainerMixin, DistillationTrainer):
     Args:
         teacher (`nn.Module` or `str`, *optional*): a trained model to distil from, or `"base"`; see
             [`DistillationTrainer`].
-        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`. That of the
-            `TrainingArguments` is for everything else, for instance the classifier.
+        score_lr (`float`, *optional*): learning rate of the scores, by default the config's `score_lr`.
+            `TrainingArguments.learning_rate` is for everything else, for instance the classifier.
         distillation_alpha (`float`): weight of the distillation in `(1 − α) · task + α · distillation`; 0.5 by default.
         distillation_temperature (`float`): τ; 2 by default.
-        kwargs: everything that [`~transformers.Trainer`] takes.
+        kwargs: all other arguments of [`~transformers.Trainer`].
 
     Raises:
         ValueError, TypeError: as [`DistillationTrainer`].

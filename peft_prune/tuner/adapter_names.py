@@ -18,7 +18,7 @@ _HOLDERS = (nn.ParameterDict(), nn.ModuleDict(), BufferDict())
 def check_adapter_name(name: Any) -> None:
     """Raise `ValueError` if a name cannot be that of an adapter, because torch keeps an adapter's tensors under it."""
     if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"adapter_name={name!r} must be a text without dots that is not empty, such as 'default'.")
+        raise ValueError(f"adapter_name={name!r} must be a non-empty string without dots, such as 'default'.")
     if any(hasattr(holder, name) for holder in _HOLDERS):
         raise ValueError(
             f"adapter_name={name!r} cannot be used: torch's ParameterDict, which holds what an adapter trains, has an "

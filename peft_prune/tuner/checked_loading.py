@@ -37,7 +37,9 @@ def _read(original: Any) -> Any:
         name = fields.get("peft_type")
         method = PEFT_TYPE_TO_CONFIG_MAPPING.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]
         if "mask_format" in fields and not (method and issubclass(method, PruningConfig)):
-            raise ValueError(f"peft_type={name!r:.80} is no pruning method, but {path_json_file} is of one. {DAMAGED}")
+            raise ValueError(
+                f"peft_type={name!r:.80} is not a pruning method, but {path_json_file} belongs to one. {DAMAGED}"
+            )
         return fields
 
     return from_json_file

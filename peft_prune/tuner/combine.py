@@ -107,18 +107,20 @@ def _check_combination(
     if adapter_name in model.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r} exists already. Choose another name.")
     if len(adapters) < 2:
-        raise ValueError(f"adapters={adapters!r}: give two at least.")
+        raise ValueError(f"adapters={adapters!r}: give at least two.")
     votes = [1.0] * len(adapters) if weights is None else weights
     finite = all(math.isfinite(vote) and vote >= 0 for vote in votes)
     if len(votes) != len(adapters) or not finite or not sum(votes) > 0:
-        raise ValueError(f"weights={weights!r} must be {len(adapters)} numbers that are not negative, and not all 0.")
+        raise ValueError(f"weights={weights!r} must be {len(adapters)} non-negative numbers, not all 0.")
     for name in adapters:
         if name not in model.peft_config:
             raise ValueError(f"adapters: {name!r} is not loaded. Loaded are {sorted(model.peft_config)}.")
         if not cast(PruningConfig, model.peft_config[name]).finalized:
             raise ValueError(f"adapters: the masks of {name!r} are not final. Call peft_prune.finalize first.")
         if any(layer.changes_weights(name) for layer in pruning_layers(model, name)):
-            raise ValueError(f"adapters: {name!r} has weights of its own, which cannot be combined as masks are.")
+            raise ValueError(
+                f"adapters: {name!r} has weights of its own, which cannot be combined like masks. Activate it alone."
+            )
         if pruning_layers(model, name) != pruning_layers(model, adapters[0]):
             raise ValueError(f"adapters: {name!r} and {adapters[0]!r} prune different modules.")
     return votes

@@ -74,6 +74,6 @@ def check_label_words(spec: Mapping[str, Any], model: nn.Module) -> None:
     largest = max([*spec["token_ids"], spec["mask_token_id"] or 0])
     if isinstance(head, nn.Linear) and largest >= head.out_features:
         raise ValueError(
-            f"verbalizer: token id {largest} is none of the {head.out_features} of this model. Load the base model "
+            f"verbalizer: token id {largest} is not among the {head.out_features} of this model. Load the base model "
             "that the adapter was made for, or make the verbalizer with its tokenizer."
         )

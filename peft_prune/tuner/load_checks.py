@@ -145,7 +145,7 @@ def _check_tensor(
     elif tuple(found.shape) != tuple(place.shape):
         raise MaskFormatError(
             f"The {kind} of {layer.module_name!r} are {tuple(found.shape)} in the file but {tuple(place.shape)} in "
-            "this model: the adapter was made for another one."
+            "this model: the adapter was made for another model."
         )
 
 
@@ -172,7 +172,7 @@ def check_base_weights(info: Mapping[str, Mapping[str, Any]], targets: Mapping[s
             raise MaskFormatError(
                 f"The weights of {name!r} are not those that the adapter's mask was made for: this is another base "
                 "model, or another revision or fine-tuned copy of it. Load the base model that adapter_config.json "
-                "names. To use the mask on this one all the same: config = PeftConfig.from_pretrained(...); "
+                "names. To use the mask on this one anyway: config = PeftConfig.from_pretrained(...); "
                 "config.check_base = False; PeftModel.from_pretrained(model, ..., config=config)."
             )
     if unknown:

@@ -29,10 +29,10 @@ def check_saved_modules(stored: Mapping[str, torch.Tensor], model: nn.Module, ad
         if key in present and found.shape != present[key].shape:
             module = key.split(".modules_to_save.")[0].removeprefix("base_model.model.")
             raise ValueError(
-                f"Adapter {adapter_name!r} brings a {module!r} of shape {tuple(found.shape)}, and this model's has "
+                f"Adapter {adapter_name!r} has a {module!r} of shape {tuple(found.shape)}, but this model's has "
                 f"{tuple(present[key].shape)}. Adapters that share a model need the same num_labels. Load the base "
-                "model with the num_labels of this adapter; or, to serve tasks with different numbers of labels from "
-                "one model, train all of them with the largest num_labels, or with label words "
+                "model with the num_labels of this adapter; or, to serve tasks with different numbers of labels "
+                "from one model, train all of them with the largest num_labels, or with label words "
                 "(peft_prune.make_verbalizer)."
             )
 

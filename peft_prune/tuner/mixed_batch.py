@@ -93,7 +93,7 @@ def _check_no_experts(layers: Sequence[PruningLayer], adapter_names: Sequence[st
             continue
         if not layer._get_available_adapters().isdisjoint(adapter_names):
             raise ValueError(
-                f"Cannot pass `adapter_names` when {layer.module_name!r} is pruned: an expert is given tokens, and "
-                "which sample each belongs to is not known there. Pass the samples of each adapter in a batch of its "
-                "own, after model.set_adapter(...)."
+                f"Cannot pass `adapter_names` when {layer.module_name!r} is pruned: an expert sees tokens, and does "
+                "not know which sample each belongs to. Pass the samples of each adapter in a separate batch, after "
+                "model.set_adapter(...)."
             )

@@ -14,7 +14,7 @@ from ..quantization import SUPPORTED, quantization_of
 from .weight_readers import reads_weight_of
 
 
-_LEAVE_OUT = "Take it out of `target_modules`, or name it in `exclude_modules`."
+_LEAVE_OUT = "Remove it from `target_modules`, or name it in `exclude_modules`."
 
 
 def check_is_called(parent: nn.Module, child: str, name: str) -> None:
@@ -22,13 +22,13 @@ def check_is_called(parent: nn.Module, child: str, name: str) -> None:
     if isinstance(parent, nn.TransformerEncoderLayer) and reads_weight_of(parent, child):
         raise TypeError(
             f"Module {name!r} cannot be pruned: in eval mode torch.nn.TransformerEncoderLayer has a fast path that "
-            "takes the weights of its children without calling them, and would ignore the mask. Switch it off before, "
-            "wherever the adapter is used: torch.backends.mha.set_fastpath_enabled(False)."
+            "reads the weights of its children without calling them, and would ignore the mask. Switch it off "
+            "first, wherever the adapter is used: torch.backends.mha.set_fastpath_enabled(False)."
         )
     if reads_weight_of(parent, child):
         raise TypeError(
-            f"Module {name!r} cannot be pruned: {type(parent).__name__} takes its weight without calling it, and would "
-            f"ignore the mask. {_LEAVE_OUT}"
+            f"Module {name!r} cannot be pruned: {type(parent).__name__} reads its weight without calling it, and "
+            f"would ignore the mask. {_LEAVE_OUT}"
         )
 
 
@@ -82,7 +82,8 @@ def check_no_weight_is_shared(model: nn.Module, layers: Sequence[Any]) -> None:
         if others:
             raise ValueError(
                 f"{layer.module_name!r} shares its weight with {others[0]!r}, so merging the mask would prune that "
-                "too. Load the base model with `tie_word_embeddings=False`, or take the module out of `target_modules`."
+                "too. Load the base model with `tie_word_embeddings=False`, or remove the module from "
+                "`target_modules`."
             )
 
 
@@ -96,12 +97,12 @@ def refuse(module: nn.Module, name: str, classes: Iterable[type[nn.Module]]) -> 
     kind, quantization = type(module).__name__, quantization_of(module)
     supported = ", ".join(f"{cls.__module__.split('.')[0]}'s {cls.__name__}" for cls in classes)
     if quantization is not None:
-        fix = "" if quantization in SUPPORTED else f" Quantised weights that can are those of {', '.join(SUPPORTED)}."
+        fix = "" if quantization in SUPPORTED else f" Supported are quantised weights of {', '.join(SUPPORTED)}."
         return TypeError(
             f"Module {name!r} of type {kind} cannot be pruned by this method, because its weight is quantised: "
             f"{quantization}.{fix} Load the base model without quantization_config."
         )
-    why = f"Supported are {supported}, and subclasses that do not override forward, with a weight of their own."
+    why = f"Supported are {supported}, and subclasses that do not override forward and have their own weight."
     if isinstance(module, nn.MultiheadAttention):
         why = "It hands its weights to a function, which would ignore a mask."
     elif isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in module._parameters:

@@ -71,8 +71,9 @@ class UnitPruningModel(PruningModel):
         others = [name for name in self._find_targets(peft_config, model) if name not in outputs]
         if others:
             raise ValueError(
-                f"target_modules: {others[0]!r} ({len(others)} such modules) is not where heads or neurons end, which "
-                f"is all that this method can remove. Take it out; {sorted(outputs)[0]!r} is one that can be pruned."
+                f"target_modules: {others[0]!r} ({len(others)} such modules) is not where heads or neurons end, and "
+                f"this method removes only those. Remove it from the list; {sorted(outputs)[0]!r} is one that can be "
+                "pruned."
             )
         if not peft_config.finalized:
             peft_config.recipe().rule.check_base(model, self._find_targets(peft_config, model))

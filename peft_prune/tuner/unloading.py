@@ -17,9 +17,9 @@ from .refusals import check_no_weight_is_shared
 
 
 _NOTHING_TO_SHRINK = (
-    "merge_and_unload(shrink=True) took nothing out: each head and neuron still has weights left, as masks "
-    "of single weights nearly always leave them. The model keeps its size. To remove whole heads and neurons, "
-    "prune with granularity='head', 'column' or 'row', or by P-pruning (PPruningConfig)."
+    "merge_and_unload(shrink=True) removed nothing: each head and neuron still has weights, as is usual with masks "
+    "of single weights. The model keeps its size. To remove whole heads and neurons, prune with granularity='head', "
+    "'column' or 'row', or by P-pruning (PPruningConfig)."
 )
 
 

@@ -42,7 +42,7 @@ def make_verbalizer(tokenizer: Any, label_words: Mapping[int, str], task: str = 
     if task not in _TASKS:
         raise ValueError(f"task={task!r} is unknown. Use one of {', '.join(map(repr, _TASKS))}.")
     if sorted(label_words) != list(range(len(label_words))) or len(label_words) < 2:
-        raise ValueError(f"label_words={dict(label_words)!r} must have the class ids 0, 1, 2, … as keys, two at least.")
+        raise ValueError(f"label_words={dict(label_words)!r} must have the class ids 0, 1, 2, … as keys, at least two.")
     words = [label_words[i] for i in range(len(label_words))]
     token_ids = []
     for word in words:
@@ -92,7 +92,7 @@ def label_words_of(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     spec = next(iter(named.values()), None)
     if heads and any(other != spec for other in named.values()):
         raise ValueError(
-            f"adapter_names: {sorted(named)} have different label words, and one batch is read with one set of them. "
+            f"adapter_names: {sorted(named)} have different label words, but a batch can be read with only one set. "
             "Pass their samples in separate batches."
         )
     for head in heads:
@@ -112,10 +112,9 @@ def keep_label_words(merge: Callable[[], nn.Module], model: nn.Module) -> nn.Mod
     if spec is not None and head is not None:
         head.merged = spec
         warnings.warn(
-            f"The merged model answers with the label words {spec['words']!r} as long as this process holds it. They "
-            "are not part of a Transformers model: what its save_pretrained or peft_prune.save_compact writes is the "
-            "masked LM without them. To share the classifier, save the adapter instead, or its label words beside "
-            "the model.",
+            f"The merged model uses the label words {spec['words']!r} in this process only. They are not part of a "
+            "Transformers model: its save_pretrained and peft_prune.save_compact write the masked LM without them. "
+            "To share the classifier, save the adapter instead, or its label words with the model.",
             UserWarning,
             stacklevel=3,
         )

@@ -50,7 +50,7 @@ class Update:
         return torch.zeros(layer.shape, device=layer.weight.device)
 
     def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
-        """Take over what calibration found for a layer, whose new mask is in force; nothing by default.
+        """Take over what calibration found for a layer, whose new mask is set; nothing by default.
 
         Args:
             layer ([`PruningLayer`]): the layer; `layer.host[name].seen` is what was noted of its inputs.

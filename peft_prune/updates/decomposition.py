@@ -44,7 +44,7 @@ def decompose(
         matrices (`torch.Tensor`): floating point, shape (batch, out, in), on any device.
         rank (`int`): rank of `UV`, at most the smaller side.
         num_sparse (`int`): number of places of each matrix.
-        rounds (`int`): how often the places are chosen anew.
+        rounds (`int`): how often the places are chosen again.
         iterations (`int`): steps of smoothing in a round; in the first three times as many.
         seed (`int`): seed of the directions to begin with.
 

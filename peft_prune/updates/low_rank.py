@@ -145,7 +145,7 @@ class LowRank(Update):
         if self.r > min(weight.shape):
             raise ValueError(
                 f"r={self.r} is more than the smaller side of {layer.module_name!r}, {min(weight.shape)}. Use a "
-                "smaller r, or take the module out of target_modules."
+                "smaller r, or remove the module from target_modules."
             )
         kept = layer.host[name].recipe.update.inside(layer, name, weight).detach()  # rewritten, perhaps
         pruned = kept * layer.get_mask(name)
@@ -172,8 +172,8 @@ class LowRank(Update):
         places = layer.held("B")[name].shape[0] * layer.held("A")[name].shape[1]
         if not (0 <= int(found.min()) and int(found.max()) < places):
             raise MaskFormatError(
-                f"The sparse update of {layer.module_name!r} has places from {int(found.min())} to {int(found.max())}, "
-                f"and the matrix has {places}: the file is damaged. Download or save it again."
+                f"The sparse update of {layer.module_name!r} has positions from {int(found.min())} to "
+                f"{int(found.max())}, but the matrix has {places}: the file is damaged. Download or save it again."
             )
 
     def kept_when_final(self) -> tuple[str, ...]:

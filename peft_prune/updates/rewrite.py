@@ -26,7 +26,7 @@ class Rewrite(StoredValues):
     label = "rewritten"
 
     def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
-        """Put new values in force, rounded as they will be stored."""
+        """Set new values, rounded as they will be stored."""
         matrix = layer.matrix if values is None else values
         # on the CPU, where it takes no room on a device that holds one block at a time
         layer.host[name].rewritten = self.encode(layer, matrix, layer.get_mask(name)).cpu()
