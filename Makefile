@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test test-quantized lint docs dist format bench peft-matrix clean
+.PHONY: demo demo-llm test test-quantized lint docs dist format bench peft-matrix clean
 
 demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
 	$(BIN)/python examples/quickstart.py
+
+demo-llm: $(VENV)/demo.stamp  ## prune a language model without training; prints perplexity, size, speed and text, before and after
+	$(BIN)/python examples/demo_llm.py
 
 test: $(VENV)/dev.stamp  ## run every test
 	$(BIN)/python -m pytest
