@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: demo test test-quantized lint docs format bench peft-matrix clean
+.PHONY: demo demo-llm test test-quantized lint docs dist format bench peft-matrix clean
 
 demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy, sparsity and adapter size
 	$(BIN)/python examples/quickstart.py
+
+demo-llm: $(VENV)/demo.stamp  ## prune a language model without training; prints perplexity, size, speed and text, before and after
+	$(BIN)/python examples/demo_llm.py
 
 test: $(VENV)/dev.stamp  ## run every test
 	$(BIN)/python -m pytest
@@ -24,6 +27,9 @@ lint: $(VENV)/dev.stamp  ## style and types
 
 docs: $(VENV)/docs.stamp  ## the documentation as a site, in site/; broken links and names fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/dist.stamp  ## wheel and sdist in dist/, checked, and tried in empty environments: newest and lowest versions
+	.ci/dist.sh $(BIN)/python
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -50,5 +56,9 @@ $(VENV)/docs.stamp: $(VENV)/bin/python $(SETUP)
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
+$(VENV)/dist.stamp: $(VENV)/bin/python $(SETUP)
+	$(PIP) install -q -c constraints.txt build twine
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache

@@ -54,7 +54,7 @@ merge_masks_below_other_adapters()
 check_when_loaded()
 seal_when_saved()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attention",

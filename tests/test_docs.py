@@ -154,7 +154,8 @@ def test_data_flows_one_way():
         for name in re.findall(r"`(\w+)(?:/|\.py)`", names + (text if "recipe.py" in names else "")):
             place[name] = i
     package = ROOT / "peft_prune"
-    tops = {path.name.removesuffix(".py") for path in package.iterdir() if not path.name.startswith("_")}
+    modules = (path for path in package.iterdir() if path.is_dir() or path.suffix == ".py")
+    tops = {path.name.removesuffix(".py") for path in modules if not path.name.startswith("_")}
     assert tops == set(place), tops ^ set(place)
     for path in package.rglob("*.py"):
         top = path.relative_to(package).parts[0].removesuffix(".py")

@@ -186,6 +186,21 @@ def test_prune_llm_continues_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_demo_llm(tmp_path, monkeypatch, capsys):
+    make_llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    run = main_of("demo_llm", monkeypatch)
+    monkeypatch.setitem(run.__globals__, "wikitext_2", lambda split: "it was good film bad " * 400)
+    short = ["--length", "32", "--samples", "16", "--keep", "0.6", "--windows", "2"]
+    run(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *short])
+    out = capsys.readouterr().out
+    before, after = (int(number.replace(",", "")) for number in re.findall(r"parameters +([\d,]+) ", out))
+    assert after < before and out.count("perplexity") == 2
+    assert out.count("[UNK] [UNK]") == 2  # what both make of words that the tokenizer does not know
+    assert sum(p.numel() for p in load_compact(tmp_path / "out").parameters()) == after
+
+
+@pytest.mark.slow
 def test_serving(tmp_path, monkeypatch, capsys):
     main_of("serving", monkeypatch)(["--tasks", "3", "--steps", "2", "--max-train", "64", "--output", str(tmp_path)])
     out = capsys.readouterr().out
