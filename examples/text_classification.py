@@ -53,6 +53,7 @@ def train(
     eval_every: Optional[int] = None,
     use_cpu: bool = False,
     quiet: bool = False,
+    bf16: bool = False,
     compute_metrics: Any = accuracy,
     trainer_cls: type[Trainer] = Trainer,
     **trainer_kwargs: Any,
@@ -74,6 +75,7 @@ def train(
         report_to="none",
         seed=seed,
         use_cpu=use_cpu,
+        bf16=bf16,
         disable_tqdm=quiet,
         dataloader_pin_memory=False,
     )
