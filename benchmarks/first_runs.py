@@ -8,7 +8,8 @@ One process runs one configuration, or what the results lack of a grid, and appe
     python benchmarks/first_runs.py --table
 
 all-MiniLM-L6-v2, 300 steps of 32. The learning rate is what a user would take: 1e-4 where weights are fine-tuned, 1e-3
-for a LoRA, or where only scores and a classifier are trained. Scores have that of their config.
+for a LoRA, or where only scores and a classifier are trained. Scores have that of their config. L0 is given no
+sparsity, since its penalty decides.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def wrap(args: argparse.Namespace, model: Any, train_set: Any, tokenizer: Any) -
         return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **fields))
     if args.method == "p-pruning":
         fields["keep_ratio"] = round(1.0 - args.sparsity, 6)  # of the FLOPs: the field that it has
-    else:
+    elif args.method != "l0":  # of which the penalty decides
         fields = {"sparsity": args.sparsity} | fields
     fields = {name: value for name, value in fields.items() if value is not None}
     model = get_peft_model(model, METHODS[args.method][1](task_type="SEQ_CLS", **fields))

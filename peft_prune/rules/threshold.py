@@ -62,9 +62,12 @@ class Threshold(Rule):
         """How many scores of each matrix are among the largest of all, or `min_density` of them."""
         rankings = [layer.ranking(name) for layer in gathered(layers)]
         counts = allocate_globally(rankings, 1.0 - sparsity)
-        least = counts.new_tensor([math.ceil(self.min_density * scores.numel()) for scores in rankings])
-        counts = counts.maximum(least) * counts.new_tensor([math.prod(layer.block(name)) for layer in layers])
-        return counts.tolist() if on_cpu(counts) else list(counts.unbind())
+        units = [
+            count.clamp(min=math.ceil(self.min_density * scores.numel()))
+            for count, scores in zip(counts.unbind(), rankings, strict=True)
+        ]
+        read = [int(count) for count in units] if on_cpu(counts) else units
+        return [count * math.prod(layer.block(name)) for count, layer in zip(read, layers, strict=True)]
 
     def _above(self, layer: Any, name: str, threshold: float) -> Count:
         scores = layer.ranking(name)
