@@ -25,12 +25,3 @@ def fill_in(config: Any, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, copy(value))
-
-
-# Scores that start where magnitudes rank the weights, move fast enough to change that within a few hundred steps, and
-# leave two fifths of training to the final sparsity. From zeros, the papers' start, so short a training prunes on the
-# sign of its first gradients.
-LEARNS_IN_FEW_STEPS = {
-    "sparsity_schedule": "cubic", "schedule_start": 0.0, "schedule_end": 0.6, "penalty": 400.0,
-    "score_init": "magnitude", "score_lr": 2e-2,
-}  # fmt: skip

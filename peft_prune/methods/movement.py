@@ -14,7 +14,7 @@ from ..importance.base import Importance
 from ..importance.calibrated_start import CALIBRATED_STARTS
 from ..importance.hard_concrete import OPEN_ABOVE, HardConcrete
 from ..importance.magnitude import Magnitude
-from ..presets import LEARNS_IN_FEW_STEPS, by_preset, check_preset, fill_in
+from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.base import Rule
 from ..rules.existing_zeros import ExistingZeros
@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
     "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
 }
+# What differs from it by default where a sparsity is reached. From zeros a training of a few hundred steps prunes on
+# the sign of its first gradients, so scores start where magnitudes rank the weights; more steps are left at the end;
+# and with a threshold that is moved no penalty has to draw scores below it.
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    "topk": {"score_init": "magnitude", "schedule_end": 0.7},
+    "threshold": {"score_init": "magnitude", "schedule_end": 0.7, "penalty": 0.0},
+}
 SCORES, MASKS = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0")
 UPDATES = ("full", "low_rank", "none")
 PAPERS_THRESHOLD = 0.1
@@ -50,14 +57,19 @@ class MovementPruningConfig(TrainedConfig):
     Configuration of movement pruning (Sanh et al. 2020), which fine-tunes weights while it learns which ones to keep.
 
     The base model is not touched: the adapter holds the change of its weights, and in the end the mask and the kept
-    values. `variant` sets the fields that are not given as the paper does; those of [`TrainedConfig`] apply too.
+    values. `variant` and `preset` set the fields that are not given; those of [`TrainedConfig`] apply too.
 
     Args:
         variant (`str`):
-            `"hard"`: the weights with the largest learned scores stay, as many as `sparsity` says. `"soft"`: those
-            whose score is above a threshold, so that `penalty` decides how many. `"l0"`: gates with noise, whose
-            probability is penalised, so that `penalty` decides, too. `"magnitude"`: the weights with the largest
-            magnitude stay, recomputed as they are trained.
+            `"hard"`: the weights of each matrix with the largest learned scores stay, as many as `sparsity` says.
+            `"soft"`: those of all matrices whose score is above one threshold. `"l0"`: gates with noise, whose
+            probability is penalised. `"magnitude"`: the weights with the largest magnitude stay, recomputed as they
+            are trained. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper; `"soft"` can be given
+            `sparsity` instead, and has its threshold moved to where it is reached.
+        preset (`str`):
+            `"paper"`: fields that are left out are the paper's, and `"soft"` accepts no `sparsity`. `"auto"`: where
+            `sparsity` decides, scores start at `|W| / std(W)` and not at 0, and the sparsity is final after 70 % of
+            training and not 80 %, so that a few hundred steps learn something.
         score (`str`, *optional*):
             `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]); or `"magnitude"`.
         mask (`str`, *optional*):
@@ -126,8 +138,8 @@ class MovementPruningConfig(TrainedConfig):
         fill_in(self, {name: paper[name] for name in ("score", "mask")})
         check_choice("score", self.score, SCORES)
         check_choice("mask", self.mask, MASKS)
-        short = self._moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
-        fill_in(self, paper | (LEARNS_IN_FEW_STEPS if short else {}))
+        told = self._moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
+        fill_in(self, paper | (FEW_STEPS[str(self.mask)] if told else {}))
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         self._check_start()
