@@ -60,7 +60,7 @@ def adapter(setting: str, seed: int, **fields: Any) -> Any:
     common: dict[str, Any] = {"task_type": "SEQ_CLS", "r": 16, "lora_alpha": 16} | fields
     if setting == "LoRA":
         return LoraConfig(target_modules=["query", "value"], **common)
-    return DSEEConfig(num_sparse=64, seed=seed, **common, **SETTINGS[setting])
+    return DSEEConfig(preset="paper", num_sparse=64, seed=seed, **common, **SETTINGS[setting])
 
 
 def trained(model: torch.nn.Module) -> dict[str, int]:

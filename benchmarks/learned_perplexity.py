@@ -59,7 +59,7 @@ def mask_config(args: argparse.Namespace) -> Any:
         return SMPConfig(**how)
     allocation = "local" if args.granularity else "row"
     how |= {"allocation": allocation, "sparsity_schedule": "constant", "schedule_start": 0.0}
-    return MovementPruningConfig(variant="hard", update="low_rank", r=8, score_betas=[0.9, 0.99], **how)
+    return MovementPruningConfig(variant="hard", preset="paper", update="low_rank", r=8, score_betas=[0.9, 0.99], **how)
 
 
 def adapted(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, torch.optim.Optimizer]:

@@ -123,7 +123,8 @@ def make_config(args: argparse.Namespace) -> Any:
     if frozen(args):
         fields |= CHEAPER.get(args.method, {})
         return SMPConfig(allocation="local" if args.method == "smp-l" else "score", **fields)
-    return MovementPruningConfig(variant=args.method, value_dtype=args.value_dtype, **fields)
+    # the settings that the rows in the results were made with
+    return MovementPruningConfig(variant=args.method, preset="paper", value_dtype=args.value_dtype, **fields)
 
 
 class RememberingTeacher(torch.nn.Module):

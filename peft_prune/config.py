@@ -187,12 +187,24 @@ class PruningConfig(PeftConfig):
         """What the method is: importance × rule × update × moment. Each method's config says its own."""
         raise NotImplementedError(f"{type(self).__name__} has no recipe.")
 
+    def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
+        """Why a training is unlikely to work as it is set up: sentences that name field, value and fix.
 
-def reads_old_files(*names: str) -> Callable[[type], type]:
-    """Have a config class ignore fields that its files held in earlier versions, and that nothing read.
+        Args:
+            total_steps (`int`): optimizer steps of the training.
+            learning_rate (`float`, *optional*): of everything but scores.
+            decays (`bool`): whether learning rates decay to 0.
+        """
+        return []
+
+
+def reads_old_files(*names: str, **then: Any) -> Callable[[type], type]:
+    """Have a config class read its files of earlier versions as they were meant.
 
     Args:
-        names (`str`): the fields. Given by hand, and not from a file, they are a `TypeError` as for any dataclass.
+        names (`str`): fields that these files hold, and that nothing read. They are ignored; given by hand, and not
+            from a file, they are a `TypeError` as for any dataclass.
+        then: fields that these files lack, and the values that did what was done before there was such a field.
     """
 
     def wrap(cls: type) -> type:
@@ -201,7 +213,7 @@ def reads_old_files(*names: str) -> Callable[[type], type]:
         @functools.wraps(original)
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             if "peft_type" in kwargs and "mask_format" in kwargs:  # as a file has them
-                kwargs = {name: value for name, value in kwargs.items() if name not in names}
+                kwargs = then | {name: value for name, value in kwargs.items() if name not in names}
             original(self, *args, **kwargs)
 
         cls.__init__ = init  # type: ignore[misc]

@@ -18,7 +18,7 @@ class Moment(str, Enum):
 
     START = "when the adapter is made"
     EVERY_STEP = "every step of training"
-    ONCE = "once, in training"
+    ONCE = "at some steps of training"
     CALIBRATION = "at calibration, without training"
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+from . import doubts
 from .config import PruningConfig
 from .config_checks import check_allocation, check_schedule, check_sparsity_pattern, check_training
 from .importance.base import Importance
@@ -125,6 +126,13 @@ class TrainedConfig(PruningConfig):
     def penalty_at(self, step: int, total_steps: int) -> float:
         """Weight λ of the penalty at an optimizer step."""
         return Schedule(0.0, self.penalty, curve=self.penalty_schedule).at(step, total_steps)
+
+    def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
+        """Too few steps for the sparsity, or scores that learn too slowly or too fast."""
+        found = doubts.of_steps(self.sparsity, total_steps)
+        if self.recipe().importance.tensors:
+            found += doubts.of_rate("score_lr", self.score_lr, doubts.SCORE_LR, "scores")
+        return found
 
     @property
     def temperature(self) -> float:

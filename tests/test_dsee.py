@@ -1,6 +1,7 @@
 """DSEE against its formula, on real shapes of several architectures."""
 
 import copy
+import json
 import logging
 import re
 from dataclasses import replace
@@ -318,6 +319,93 @@ def test_pruned_once_inside_a_trainer_and_resumed(tmp_path):
     assert whole.peft_config["default"].finalized
 
 
+def test_by_default_what_is_pruned_is_updated_in_stages():
+    config = DSEEConfig(sparsity=0.9)
+    assert (config.importance, config.threshold, config.prune_from, config.prune_at) == ("effective", "matrix", 0, 0.6)
+    stages = config.stages(300)
+    assert len(stages) == 20 and max(stages) == 180 and stages[180] == 1.0
+    for step, share in stages.items():
+        assert share == pytest.approx(1 - (1 - step / 180) ** 3) and step % 9 == 0
+    assert config.stages(1) == {1: 1.0} and config.stages(5) == pytest.approx({1: 19 / 27, 2: 26 / 27, 3: 1})
+    assert DSEEConfig(prune_from=0.5, prune_at=0.7).stages(10) == {6: pytest.approx(7 / 8), 7: 1.0}
+
+    model = get_peft_model(make_bert(), config)
+    assert all(layer.changes_weights("default") for layer in pruning_layers(model))
+    units = get_peft_model(make_bert(), DSEEConfig(heads_to_prune=1))  # no single weights go
+    assert sum(layer.changes_weights("default") for layer in pruning_layers(units)) == 4
+
+
+def test_the_papers_form_is_one_field_away():
+    paper = DSEEConfig(preset="paper", sparsity=0.5)
+    assert (paper.importance, paper.threshold, paper.prune_from, paper.prune_at) == ("update", "model", 0.5, 0.5)
+    assert paper.stages(300) == {150: 1.0} and DSEEConfig(preset="paper", prune_at=0.7).stages(10) == {7: 1.0}
+    model = get_peft_model(make_bert(), paper)
+    assert {name.rsplit(".", 1)[1] for name, layer in by_name(model).items() if layer.changes_weights("default")} == {
+        "query", "value"
+    }  # fmt: skip
+
+
+def test_a_file_from_before_there_was_a_preset_is_the_papers(tmp_path):
+    expected = DSEEConfig(preset="paper", sparsity=0.5, prune_at=0.75)
+    expected.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    for name in ("preset", "checksums", "prune_from", "threshold"):
+        del stored[name]
+    file.write_text(json.dumps(stored | {"allocation": "local"}))
+    assert DSEEConfig.from_pretrained(tmp_path) == expected
+
+
+def test_each_stage_chooses_anew_by_the_updated_weight():
+    model = dsee(make_bert(), preset="auto", sparsity=0.8)
+    generator = torch.Generator().manual_seed(1)
+    before = {}
+    for step in range(11):
+        report = update_schedule(model, step, 10)
+        share = 1 - (1 - min(1.0, step / 6)) ** 3
+        assert report["sparsity"] == pytest.approx(0.8 * share, abs=2e-3)
+        for name, layer in by_name(model).items():
+            size = (layer.matrix + layer.delta("default")).detach().abs()
+            number = round((1 - 0.8 * share) * size.numel())
+            if step <= 6:
+                expected = size >= size.flatten().sort(descending=True).values[number - 1]
+                assert torch.equal(layer.get_mask("default"), expected)
+            else:
+                assert torch.equal(layer.get_mask("default"), before[name])
+            before[name] = layer.get_mask("default")
+            with torch.no_grad():
+                noise = torch.randn(layer.held("B")["default"].shape, generator=generator)
+                layer.held("B")["default"].add_(noise, alpha=0.05)
+
+
+def test_stages_do_not_bring_back_what_was_pruned_by_hand():
+    model = dsee(make_bert(), preset="auto", sparsity=0.8)
+    update_schedule(model, 1, 10)
+    assert prune_once(model) == pytest.approx(0.8, abs=2e-3)
+    assert update_schedule(model, 2, 10)["sparsity"] == pytest.approx(0.8, abs=2e-3)
+
+
+def test_pruned_in_stages_inside_a_trainer_and_resumed(tmp_path):
+    def run(folder, resume=None):
+        torch.manual_seed(0)
+        fields = SMALL | {"preset": "auto", "heads_to_prune": 1}
+        model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.8, **fields))
+        record = Record()
+        args = arguments(folder, save_strategy="steps", save_steps=5)
+        trainer = PruningTrainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), record])
+        trainer.train(resume_from_checkpoint=resume)
+        return model, record
+
+    whole, record = run(tmp_path / "whole")
+    every = [torch.cat([mask.flatten() for mask in step.values()]) for _, step in record.steps]
+    sparsities = [float((~mask).float().mean()) for mask in every]
+    assert sparsities == sorted(sparsities) and len({round(s, 3) for s in sparsities}) > 5
+    assert sparsities[6] < 0.5 < sparsities[7] == sparsities[-1], "heads go last"
+    resumed, _ = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    one, two = whole.state_dict(), resumed.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_optimizer_and_warnings():
     model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, **SMALL))
     optimizer = create_pruning_optimizer(model, lr=5e-4, weight_decay=0.1)
@@ -365,6 +453,9 @@ BAD = [
     ({"importance": "taylor"}, "'update', 'effective', 'weight'"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"prune_at": 0.0}, "prune_at=0.0"),
+    ({"prune_from": 0.7}, "prune_from=0.7"),
+    ({"threshold": "row"}, "threshold='row'.*'matrix', 'model'"),
+    ({"preset": "encoder"}, "preset='encoder'.*'auto', 'paper'"),
     ({"neuron_sparsity": 1.0}, "neuron_sparsity=1.0"),
     ({"update_sparsity": 2}, "update_sparsity=2"),
     ({"heads_to_prune": 1.5}, "heads_to_prune=1.5"),

@@ -196,7 +196,7 @@ def test_demo_llm(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     before, after = (int(number.replace(",", "")) for number in re.findall(r"parameters +([\d,]+) ", out))
     assert after < before and out.count("perplexity") == 2
-    assert len(re.findall(r"^  \[UNK\]", out, re.MULTILINE)) == 2  # what both make of words that the tokenizer does not know
+    assert len(re.findall(r"^  \[UNK\]", out, re.MULTILINE)) == 2  # what both generate: unknown words
     assert sum(p.numel() for p in load_compact(tmp_path / "out").parameters()) == after
 
 

@@ -1,6 +1,7 @@
 """Movement pruning against the papers' formulas written down with autograd."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -102,6 +103,49 @@ def test_soft_keeps_what_is_above_the_threshold(step):
     expected = torch.sigmoid(layer.scores["default"].detach()) > tau
     assert torch.equal(layer.get_mask("default"), expected)
     assert report["sparsity"] == pytest.approx(1 - expected.float().mean().item())
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 10])
+def test_soft_moves_its_one_threshold_to_where_the_sparsity_is_reached(step):
+    model = get_peft_model(make_bert(), MovementPruningConfig(variant="soft", sparsity=0.8, min_density=0.0))
+    layers = pruning_layers(model)
+    with torch.no_grad():
+        for scale, layer in enumerate(layers):
+            layer.scores["default"].normal_().add_(0.1 * scale)
+    report = update_schedule(model, step, 10)
+    share = 0.0 if step < 1 else 0.8 * (1 - (1 - min(1.0, (step / 10 - 0.1) / 0.6)) ** 3)
+    scores = torch.cat([layer.scores["default"].detach().flatten() for layer in layers])
+    number = round((1 - share) * len(scores))
+    threshold = scores.sort(descending=True).values[number - 1]
+    for layer in layers:
+        assert torch.equal(layer.get_mask("default"), layer.scores["default"].detach() >= threshold)
+    assert report["sparsity"] == pytest.approx(share, abs=1e-4)
+    assert len({layer.kept("default") for layer in layers}) > 1 or step == 0
+
+
+def test_soft_with_a_sparsity_trains_ends_there_and_leaves_a_least_share(tmp_path, batch):
+    model = get_peft_model(
+        make_bert(), MovementPruningConfig(variant="soft", sparsity=0.8, min_density=0.05, task_type="SEQ_CLS")
+    )
+    with torch.no_grad():
+        pruning_layers(model)[0].scores["default"].sub_(100)
+    train(model)
+    finalize(model)
+    first, *_ = pruning_layers(model)
+    assert first.kept("default") == math.ceil(0.05 * first.matrix.numel())
+    assert model.peft_config["default"].sparsity == pytest.approx(0.8, abs=0.01)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(make_bert(), tmp_path), batch), logits(model, batch))
+
+
+def test_a_checkpoint_of_a_moved_threshold_goes_on(tmp_path):
+    model = get_peft_model(make_bert(), MovementPruningConfig(variant="soft", sparsity=0.8, task_type="SEQ_CLS"))
+    update_schedule(model, 5, 10)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_bert(), tmp_path, is_trainable=True)
+    assert update_schedule(again, 6, 10) == update_schedule(model, 6, 10)
+    for one, two in zip(pruning_layers(model), pruning_layers(again), strict=True):
+        assert torch.equal(one.get_mask("default"), two.get_mask("default"))
 
 
 def test_random_scores_of_methods_that_find_their_sparsity_prune_half():
@@ -358,6 +402,31 @@ def test_a_sparse_checkpoint_keeps_its_zeros(tmp_path, batch):
             assert bool((value[zeros[name]] == 0).all()) and bool((value != 0).float().mean() > 0.25)
 
 
+def test_defaults_learn_in_few_steps():
+    learns = {"score_init": "magnitude", "score_lr": 1e-2, "penalty": 0.0, "schedule_start": 0.1, "schedule_end": 0.7}
+    for fields in ({"variant": "hard"}, {"variant": "soft", "sparsity": 0.9}, {"variant": "soft", "density": 0.1}):
+        config = MovementPruningConfig(**fields)
+        assert {name: getattr(config, name) for name in learns} == learns
+        assert MovementPruningConfig(**config.to_dict()).to_dict() == config.to_dict()
+        assert replace(config, seed=3).recipe() == config.recipe()
+    assert MovementPruningConfig(variant="magnitude").schedule_end == 0.7
+    assert MovementPruningConfig(score_init="zeros", score_lr=1.0, schedule_end=0.9).schedule_end == 0.9
+    for variant in ("soft", "l0"):  # without a sparsity the penalty decides, as in the paper
+        config = MovementPruningConfig(variant=variant)
+        paper = MovementPruningConfig(variant=variant, preset="paper")
+        assert config == replace(paper, preset="auto") and config.sparsity == 0.0
+
+
+def test_a_file_from_before_there_was_a_preset_is_the_papers(tmp_path):
+    MovementPruningConfig(variant="soft", preset="paper", score_lr=0.5).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored["preset"], stored["checksums"]
+    file.write_text(json.dumps(stored))
+    loaded = MovementPruningConfig.from_pretrained(tmp_path)
+    assert loaded == MovementPruningConfig(variant="soft", preset="paper", score_lr=0.5)
+
+
 def test_presets_are_the_papers():
     expected = {
         "hard": ("movement", "topk", 0.0, "zeros", 1e-2),
@@ -366,7 +435,8 @@ def test_presets_are_the_papers():
         "magnitude": ("magnitude", "topk", 0.0, "zeros", 1e-2),
     }
     for variant, fields in expected.items():
-        config = MovementPruningConfig(variant=variant)
+        config = MovementPruningConfig(variant=variant, preset="paper")
+        assert (config.sparsity_schedule, config.schedule_start, config.schedule_end) == ("cubic", 0.1, 0.8)
         assert (config.score, config.mask, config.penalty, config.score_init, config.score_lr) == fields
     assert MovementPruningConfig(variant="soft", penalty=10.0).penalty == 10.0
     assert not MovementPruningConfig(score="magnitude").recipe().importance.tensors
@@ -377,7 +447,11 @@ BAD = [
     ({"variant": "mild"}, "'hard', 'soft', 'l0', 'magnitude'"),
     ({"score": "taylor"}, "score='taylor'"),
     ({"mask": "sigmoid"}, "'topk', 'threshold', 'l0'"),
-    ({"variant": "soft", "sparsity": 0.9}, "the penalty decides"),
+    ({"variant": "soft", "sparsity": 0.9, "preset": "paper"}, "the penalty decides.*preset='auto'"),
+    ({"variant": "soft", "density": 0.1, "preset": "paper"}, "the penalty decides"),
+    ({"variant": "l0", "sparsity": 0.9}, "the penalty decides"),
+    ({"variant": "soft", "sparsity": 0.9, "threshold": 0.3}, r"threshold=0\.3 has no effect with sparsity=0\.9"),
+    ({"preset": "encoder"}, "preset='encoder'.*'auto', 'paper'"),
     ({"variant": "l0", "density": 0.1}, "density=0.1 cannot be set"),
     ({"from_existing_zeros": True, "sparsity": 0.5}, "the zeros of the base decide"),
     ({"score": "magnitude", "mask": "threshold"}, "needs learned scores"),

@@ -93,6 +93,7 @@ CONFIGS = {
     "heads": SMPConfig(sparsity=0.5, granularity="head", target_modules=["query", "key", "value"]),
     "hard": MovementPruningConfig(variant="hard", sparsity=0.8),
     "soft": MovementPruningConfig(variant="soft", penalty=100.0),
+    "soft, to a sparsity": MovementPruningConfig(variant="soft", sparsity=0.8),
     "L0": MovementPruningConfig(variant="l0", penalty=100.0),
     "magnitude": MovementPruningConfig(variant="magnitude", sparsity=0.8),
 }

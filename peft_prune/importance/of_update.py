@@ -20,7 +20,10 @@ class OfUpdate(Importance):
 
     kind: str = "update"
 
-    label = "size of the update"
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """In words."""
+        return {"update": "size of the update", "effective": "size of the updated weight"}.get(self.kind, "size")
 
     def rank(self, layer: Any, name: str) -> torch.Tensor:
         """Float32, shape (out, in), on the CPU."""

@@ -1,4 +1,4 @@
-"""DSEE (Chen et al., ACL 2023, arXiv 2111.00160): a sparse update on a sparse model, pruned once in training."""
+"""DSEE (Chen et al., ACL 2023, arXiv 2111.00160): a sparse update on a sparse model, pruned while it is trained."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
+from .. import doubts
 from ..config import FIELDS_OF_ALL, PruningConfig, reads_old_files
 from ..config_checks import check_choice, check_number, check_whole
 from ..importance.of_update import OfUpdate
 from ..matching import is_target
+from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.smallest import Smallest
+from ..selection.curve import Schedule
 from ..tuner.registration import register_method
 from ..updates.low_rank import LowRank
 from ..updates.support import SUPPORTS
@@ -21,16 +24,28 @@ from .dsee_model import DSEEModel
 
 
 IMPORTANCES = ("update", "effective", "weight")
+STAGES = 20
+# `prune_from` is `prune_at` where it is not named: pruned once
+PRESETS: dict[str, dict[str, Any]] = {
+    "auto": {"importance": "effective", "prune_from": 0.0, "prune_at": 0.6, "threshold": "matrix"},
+    "paper": {"importance": "update", "prune_at": 0.5, "threshold": "model"},
+}
 
 
-@reads_old_files(*(name for name in FIELDS_OF_ALL if name != "total_steps"))
+@reads_old_files(*(name for name in FIELDS_OF_ALL if name != "total_steps"), preset="paper")
 @dataclass
 class DSEEConfig(PruningConfig):
     """
     Configuration of DSEE (Chen et al. 2023): `W ⊙ S1 + s·(B·A + S2)`, a low-rank and a sparse update of a model that is
-    pruned once while they are trained.
+    pruned while they are trained.
 
     Args:
+        preset (`str`):
+            What fields are that are left out. `"paper"`: queries and values are updated; half way all is pruned at
+            once, `prune_from=prune_at=0.5`, by one threshold, `threshold="model"`, and weights with update by the size
+            of that, `importance="update"`. `"auto"`: every matrix that loses single weights is updated; sparsity grows
+            from the first step to 60 % of training, `prune_from=0`, `prune_at=0.6`; each matrix loses the same share,
+            `threshold="matrix"`, of its weights with their update, `importance="effective"`.
         r (`int`): rank of the low-rank update `BA`.
         lora_alpha (`float`): α; the update is scaled by `s = α / r`.
         lora_dropout (`float`): dropout before the update.
@@ -38,7 +53,7 @@ class DSEEConfig(PruningConfig):
         support (`str`):
             Where they are: `"grebsmo"` (what no low-rank matrix explains of the weight), `"random"` or `"magnitude"`.
         target_modules (`Union[list[str], str]`, *optional*):
-            Modules that are updated. By default the projections of queries and values.
+            Modules that are updated. By default as `preset` says; queries and values where no single weights go.
         prune_target_modules (`Union[list[str], str]`, *optional*):
             Modules that are pruned. By default the linear layers inside the numbered blocks.
         sparsity (`float`, *optional*):
@@ -52,7 +67,14 @@ class DSEEConfig(PruningConfig):
         neuron_sparsity (`float`):
             Share of the neurons of each feed-forward network that goes, the ones with the smallest weights.
         prune_at (`float`):
-            Share of training, in (0, 1], at which all this is pruned, once; the update is trained on.
+            Share of training, in (0, 1], at which all this has been pruned; the update is trained on. Heads and neurons
+            go then, at once.
+        prune_from (`float`):
+            Share of training from which on the sparsity of single weights grows on a cubic, in twenty stages that each
+            choose anew from all weights. With `prune_at` there is no more than one stage.
+        threshold (`str`):
+            `"matrix"`: single weights go by a threshold for each matrix, so that all lose the same share. `"model"`: by
+            one for all matrices with update, and one for those without.
         keep_sparse (`bool`):
             Whether merging masks the update, too.
         seed (`int`):
@@ -69,6 +91,7 @@ class DSEEConfig(PruningConfig):
         ```
     """
 
+    preset: str = field(default="auto", metadata={"help": "'auto' or 'paper'."})
     r: int = field(default=16, metadata={"help": "Rank of the low-rank update."})
     lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the update."})
@@ -78,10 +101,12 @@ class DSEEConfig(PruningConfig):
         default=None, metadata={"help": "Modules to prune; by default the linear layers inside the numbered blocks."}
     )
     update_sparsity: Optional[float] = field(default=None, metadata={"help": "Sparsity of modules with update."})
-    importance: str = field(default="update", metadata={"help": "'update', 'effective' or 'weight'."})
+    importance: Optional[str] = by_preset("'update', 'effective' or 'weight'.")
     heads_to_prune: int = field(default=0, metadata={"help": "Heads that go in each layer."})
     neuron_sparsity: float = field(default=0.0, metadata={"help": "Share of the neurons that goes."})
-    prune_at: float = field(default=0.5, metadata={"help": "Share of training at which it is pruned, once."})
+    prune_at: Optional[float] = by_preset("Share of training at which all is pruned.")
+    prune_from: Optional[float] = by_preset("Share of training at which sparsity begins to grow.")
+    threshold: Optional[str] = by_preset("'matrix' or 'model': where weights compete.")
     keep_sparse: bool = field(default=False, metadata={"help": "Whether merging masks the update, too."})
     seed: int = field(default=0, metadata={"help": "Seed of the support and of A."})
 
@@ -92,6 +117,14 @@ class DSEEConfig(PruningConfig):
             self.sparsity = 0.0
         super().__post_init__(density)
         self.peft_type = PeftType("DSEE")
+        check_preset(self, {"paper": None})
+        fill_in(self, PRESETS[self.preset])
+        check_number("prune_at", self.prune_at, 1e-9, 1.0, "It is a share of training, e.g. 0.5.")
+        fill_in(self, {"prune_from": self.prune_at})
+        check_number(
+            "prune_from", self.prune_from, 0.0, float(self.prune_at or 1.0), "It is a share of training up to prune_at."
+        )
+        check_choice("threshold", self.threshold, ("matrix", "model"))
         if isinstance(self.prune_target_modules, list):
             self.prune_target_modules = set(self.prune_target_modules)  # type: ignore[assignment]
         check_choice("support", self.support, SUPPORTS)
@@ -103,7 +136,6 @@ class DSEEConfig(PruningConfig):
         check_number("neuron_sparsity", self.neuron_sparsity, 0.0, 1.0, "The paper uses 0.4.", open_high=True)
         if self.update_sparsity is not None:
             check_number("update_sparsity", self.update_sparsity, 0.0, 1.0, "Try 0.5.", open_high=True)
-        check_number("prune_at", self.prune_at, 1e-9, 1.0, "It is a share of training, e.g. 0.5.")
         if self.total_steps is not None:
             check_whole("total_steps", self.total_steps, 1)
 
@@ -122,23 +154,51 @@ class DSEEConfig(PruningConfig):
         """Whether a module is among those that are updated."""
         return bool(is_target(self, module_name))
 
+    @property
+    def updates_what_it_prunes(self) -> bool:
+        """Whether, if nobody says which, all pruned modules are updated, and not queries and values."""
+        return self.preset == "auto" and bool(self.sparsity or self.update_sparsity)
+
     def final_step(self, total_steps: int) -> int:
-        """Optimizer step at which it is pruned, once."""
-        return math.ceil(round(self.prune_at * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01
+        """Optimizer step at which all has been pruned."""
+        return _step(self.prune_at, total_steps)
+
+    def stages(self, total_steps: int) -> dict[int, float]:
+        """Optimizer steps at which it is pruned, and the share of the sparsity that is reached at each: 1 at last."""
+        first, last = _step(self.prune_from, total_steps), self.final_step(total_steps)
+        number = min(STAGES, last - first)
+        grows = Schedule(0.0, 1.0, first / total_steps, last / total_steps)
+        steps = (first + math.ceil(stage * (last - first) / number) for stage in range(1, number))
+        return {step: grows.at(step, total_steps) for step in steps} | {last: 1.0}
+
+    def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
+        """Too few steps for the sparsity, or after it, or a learning rate that does not suit factors of low rank."""
+        sparsity = max(self.sparsity or 0.0, self.update_sparsity or 0.0)
+        found = doubts.of_steps(sparsity, total_steps)
+        found += doubts.of_rate("learning_rate", learning_rate, doubts.FACTOR_LR, "factors of low rank")
+        if len(self.stages(total_steps)) == 1:
+            found += doubts.of_pruning_at_once(sparsity, total_steps - self.final_step(total_steps), self.prune_at or 1)
+        return found
 
     def recipe(self) -> Recipe:
-        """The size of the update; the smallest go, and heads and neurons; low rank and sparse places; once."""
+        """Sizes with the update; the smallest go, and heads and neurons; low rank and sparse places; at some steps."""
         sparsity = float(self.sparsity or 0)
         update_sparsity = sparsity if self.update_sparsity is None else self.update_sparsity
         return Recipe(
-            OfUpdate(self.importance),
-            Smallest(sparsity, update_sparsity, self.heads_to_prune, self.neuron_sparsity),
+            OfUpdate(str(self.importance)),
+            Smallest(
+                sparsity, update_sparsity, self.heads_to_prune, self.neuron_sparsity, self.threshold == "matrix"
+            ),
             LowRank(
                 self.r, self.lora_alpha, self.lora_dropout, self.num_sparse, self.support, self.seed,
                 random=not self.init_weights,
             ),
             Moment.ONCE,
         )  # fmt: skip
+
+
+def _step(share: Optional[float], total_steps: int) -> int:
+    return math.ceil(round(float(share or 0.0) * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01
 
 
 register_method(name="dsee", config_cls=DSEEConfig, model_cls=DSEEModel)

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 class DSEEModel(PruningModel):
     """
-    DSEE: a low-rank and a sparse update on a model that is pruned once.
+    DSEE: a low-rank and a sparse update on a model that is pruned while they are trained.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): the model to adapt.
@@ -50,6 +50,8 @@ class DSEEModel(PruningModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         tell_experts(self.model, peft_config, "prune_target_modules")
+        if peft_config.target_modules is None and peft_config.updates_what_it_prunes:
+            peft_config.target_modules = peft_config.prune_target_modules or default_target_modules(self.model)
         if peft_config.target_modules is None:
             peft_config.target_modules = self._queries_and_values(model_config)
         if peft_config.prune_target_modules is None:

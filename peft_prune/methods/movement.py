@@ -7,11 +7,14 @@ from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
+from .. import doubts
+from ..config import reads_old_files
 from ..config_checks import check_choice, check_flag, check_number, check_whole
 from ..importance.base import Importance
 from ..importance.calibrated_start import CALIBRATED_STARTS
 from ..importance.hard_concrete import OPEN_ABOVE, HardConcrete
 from ..importance.magnitude import Magnitude
+from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.base import Rule
 from ..rules.existing_zeros import ExistingZeros
@@ -27,37 +30,53 @@ from ..updates.dense import Dense
 from ..updates.low_rank import LowRank
 
 
-# What each variant of the paper is made of (sections 3 and 4, and appendix A.1)
+# What each variant is made of in the paper (sections 3 and 4, and appendix A.1)
+_SCHEDULE = {"sparsity_schedule": "cubic", "schedule_start": 0.1, "schedule_end": 0.8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "hard": {"score": "movement", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
     "soft": {"score": "movement", "mask": "threshold", "penalty": 400.0, "score_init": "zeros", "score_lr": 1e-2},
     "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
     "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
 }
+# What differs from it by default where a sparsity is reached. From zeros a training of a few hundred steps prunes on
+# the sign of its first gradients, so scores start where magnitudes rank the weights; more steps are left at the end;
+# and with a threshold that is moved no penalty has to draw scores below it.
+FEW_STEPS: dict[str, dict[str, Any]] = {
+    "topk": {"score_init": "magnitude", "schedule_end": 0.7},
+    "threshold": {"score_init": "magnitude", "schedule_end": 0.7, "penalty": 0.0},
+}
 SCORES, MASKS = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0")
 UPDATES = ("full", "low_rank", "none")
+PAPERS_THRESHOLD = 0.1
 
 
+@reads_old_files(preset="paper")
 @dataclass
 class MovementPruningConfig(TrainedConfig):
     """
     Configuration of movement pruning (Sanh et al. 2020), which fine-tunes weights while it learns which ones to keep.
 
     The base model is not touched: the adapter holds the change of its weights, and in the end the mask and the kept
-    values. `variant` sets the fields that are not given as the paper does; those of [`TrainedConfig`] apply too.
+    values. `variant` and `preset` set the fields that are not given; those of [`TrainedConfig`] apply too.
 
     Args:
         variant (`str`):
-            `"hard"`: the weights with the largest learned scores stay, as many as `sparsity` says. `"soft"`: those
-            whose score is above a threshold, so that `penalty` decides how many. `"l0"`: gates with noise, whose
-            probability is penalised, so that `penalty` decides, too. `"magnitude"`: the weights with the largest
-            magnitude stay, recomputed as they are trained.
+            `"hard"`: the weights of each matrix with the largest learned scores stay, as many as `sparsity` says.
+            `"soft"`: those of all matrices whose score is above one threshold. `"l0"`: gates with noise, whose
+            probability is penalised. `"magnitude"`: the weights with the largest magnitude stay, recomputed as they
+            are trained. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper; `"soft"` can be given
+            `sparsity` instead, and has its threshold moved to where it is reached.
+        preset (`str`):
+            `"paper"`: fields that are left out are the paper's, and `"soft"` accepts no `sparsity`. `"auto"`: where
+            `sparsity` decides, scores start at `|W| / std(W)` and not at 0, and the sparsity is final after 70 % of
+            training and not 80 %, so that a few hundred steps learn something.
         score (`str`, *optional*):
             `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]); or `"magnitude"`.
         mask (`str`, *optional*):
             `"topk"`, `"threshold"` or `"l0"`: how scores become a mask.
         threshold (`float`):
-            τ for `mask="threshold"`: weights with `sigmoid(S) > τ` stay. It rises from 0 on the sparsity's schedule.
+            τ for `mask="threshold"` without a `sparsity`: weights with `sigmoid(S) > τ` stay. It rises from 0 on the
+            sparsity's schedule.
         min_density (`float`):
             Share of each matrix that stays in any case with `mask="threshold"`.
         update (`str`):
@@ -85,9 +104,12 @@ class MovementPruningConfig(TrainedConfig):
     """
 
     variant: str = field(default="hard", metadata={"help": "'hard', 'soft', 'l0' or 'magnitude'."})
+    preset: str = field(default="auto", metadata={"help": "'auto' or 'paper'."})
     score: Optional[str] = field(default=None, metadata={"help": "'movement', 'low_rank' or 'magnitude'."})
     mask: Optional[str] = field(default=None, metadata={"help": "'topk', 'threshold' or 'l0'."})
-    threshold: float = field(default=0.1, metadata={"help": "Threshold of sigmoid(S) for mask='threshold'."})
+    threshold: float = field(
+        default=PAPERS_THRESHOLD, metadata={"help": "Threshold of sigmoid(S) for mask='threshold'."}
+    )
     min_density: float = field(default=0.005, metadata={"help": "Least share kept of a matrix by a threshold."})
     update: str = field(default="full", metadata={"help": "'full', 'low_rank' or 'none'."})
     r: int = field(default=8, metadata={"help": "Rank of update='low_rank'."})
@@ -95,11 +117,14 @@ class MovementPruningConfig(TrainedConfig):
     from_existing_zeros: bool = field(default=False, metadata={"help": "Take the mask from the base's zeros."})
     value_dtype: str = field(default="float32", metadata={"help": "'float32', 'float16', 'bfloat16' or 'int8'."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise of the gates, and of a low-rank update."})
-    penalty: Optional[float] = field(default=None, metadata={"help": "Final weight of the penalty on the scores."})  # type: ignore[assignment]
-    score_init: Optional[Union[str, float]] = field(default=None, metadata={"help": "Where scores start."})  # type: ignore[assignment]
-    score_lr: Optional[float] = field(default=None, metadata={"help": "Learning rate of the scores."})  # type: ignore[assignment]
-    schedule_start: float = field(default=0.1, metadata={"help": "Share of training at which sparsity begins to grow."})
-    schedule_end: float = field(default=0.8, metadata={"help": "Share of training at which sparsity is final."})
+    penalty: Optional[float] = by_preset("Final weight of the penalty on the scores.")  # type: ignore[assignment]
+    score_init: Optional[Union[str, float]] = by_preset("Where scores start.")  # type: ignore[assignment]
+    score_lr: Optional[float] = by_preset("Learning rate of the scores.")  # type: ignore[assignment]
+    sparsity_schedule: Optional[str] = by_preset("'cubic', 'linear' or 'constant'.")  # type: ignore[assignment]
+    schedule_start: Optional[float] = by_preset(  # type: ignore[assignment]
+        "Share of training at which sparsity begins to grow."
+    )
+    schedule_end: Optional[float] = by_preset("Share of training at which sparsity is final.")  # type: ignore[assignment]
 
     def __post_init__(self, density=None):
         check_choice("variant", self.variant, tuple(VARIANTS))
@@ -107,12 +132,14 @@ class MovementPruningConfig(TrainedConfig):
         check_whole("seed", self.seed, 0)
         check_whole("r", self.r, 1)
         check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
+        check_preset(self, {"paper": None})
         asked = self.penalty
-        for name, value in VARIANTS[self.variant].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        paper = VARIANTS[self.variant] | _SCHEDULE
+        fill_in(self, {name: paper[name] for name in ("score", "mask")})
         check_choice("score", self.score, SCORES)
         check_choice("mask", self.mask, MASKS)
+        told = self._moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
+        fill_in(self, paper | (FEW_STEPS[str(self.mask)] if told else {}))
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
         self._check_start()
@@ -123,6 +150,11 @@ class MovementPruningConfig(TrainedConfig):
         self.peft_type = PeftType("MOVEMENT")
         check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
         check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
+
+    def _moves_threshold(self, density: Optional[float]) -> bool:
+        """Whether the threshold is moved to reach a sparsity; where the penalty decides, files have that as 0."""
+        asked = self.sparsity if self.sparsity is not None else density
+        return self.preset == "auto" and self.mask == "threshold" and bool(asked)
 
     def _learns_scores(self) -> bool:
         return self.score != "magnitude" and not self.from_existing_zeros
@@ -168,9 +200,16 @@ class MovementPruningConfig(TrainedConfig):
                 f"value_dtype={self.value_dtype!r} has no effect with update={self.update!r}, which stores no values "
                 "of kept weights. Leave it out, or use update='full'."
             )
-        if self.mask != "topk" or self.from_existing_zeros:
-            what = "the zeros of the base decide" if self.from_existing_zeros else "the penalty decides"
-            self._refuse_sparsity(density, f"{what} how much is removed. Leave it out.")
+        if self.from_existing_zeros:
+            self._refuse_sparsity(density, "the zeros of the base decide how much is removed. Leave it out.")
+        elif self.mask == "l0" or (self.mask == "threshold" and not self._moves_threshold(density)):
+            fix = " Leave it out, or use preset='auto'." if self.mask == "threshold" else " Leave it out."
+            self._refuse_sparsity(density, f"the penalty decides how much is removed.{fix}")
+        if self._moves_threshold(density) and self.threshold != PAPERS_THRESHOLD and not self.finalized:
+            raise ValueError(
+                f"threshold={self.threshold!r} has no effect with sparsity={self.sparsity!r}, density={density!r}: the "
+                "threshold is moved to where that is reached. Leave one of them out."
+            )
         if self.from_existing_zeros and not self.finalized and (self.allocation != "local" or self.sparsity_pattern):
             raise ValueError(
                 f"allocation={self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} have no effect with "
@@ -182,6 +221,17 @@ class MovementPruningConfig(TrainedConfig):
                 f"{self.allocation!r}, sparsity_pattern={self.sparsity_pattern!r} and granularity={self.granularity!r} "
                 "must not fix it. Leave them at their defaults."
             )
+
+    def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
+        """Also a learning rate that does not suit the update, and a penalty that removes nothing or everything."""
+        found = super().doubts(total_steps, learning_rate, decays)
+        if self.update == "full":
+            found += doubts.of_rate("learning_rate", learning_rate, doubts.WEIGHT_LR, "weights that are fine-tuned")
+        if self.update == "low_rank":
+            found += doubts.of_rate("learning_rate", learning_rate, doubts.FACTOR_LR, "factors of low rank")
+        if self.mask != "topk" and not self.from_existing_zeros and not self.sparsity:
+            found += doubts.of_penalty(self, total_steps, decays)
+        return found
 
     # ------------------------------------------------------------- the recipe
 
@@ -203,8 +253,9 @@ class MovementPruningConfig(TrainedConfig):
         if self.mask == "l0":
             return Threshold(score=OPEN_ABOVE, min_density=self.min_density)
         if self.mask == "threshold":
-            curve = Schedule(0.0, self.threshold, self.schedule_start, self.schedule_end, self.sparsity_schedule)
-            return Threshold(curve, min_density=self.min_density)
+            filled: Any = self  # by now no field is None
+            curve = Schedule(0.0, self.threshold, filled.schedule_start, filled.schedule_end, filled.sparsity_schedule)
+            return Threshold(curve, min_density=self.min_density, moves=bool(self.sparsity))
         return TopK(self.allocation, self.granularity)
 
     def _update(self) -> Update:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from peft.utils import PeftType
 
 from ..config_checks import check_choice
+from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.topk import TopK
 from ..trained_config import TrainedConfig
 from ..tuner.model import PruningModel
 from ..tuner.registration import register_method
 from ..updates.base import Keep
-
-
-def _by_preset(what: str) -> Any:
-    return field(default=None, metadata={"help": f"{what} By default as `preset` says."})
 
 
 # what fields hold that were left out
@@ -68,17 +64,17 @@ class SMPConfig(TrainedConfig):
 
     score: str = field(default="movement", metadata={"help": "'movement' or 'low_rank'."})
     preset: str = field(default="auto", metadata={"help": "'auto', 'encoder', 'causal_lm' or 'paper'."})
-    allocation: Optional[str] = _by_preset("'local', 'row', 'score' or 'global'.")  # type: ignore[assignment]
-    sparsity_schedule: Optional[str] = _by_preset("'cubic', 'linear' or 'constant'.")  # type: ignore[assignment]
-    penalty: Optional[float] = _by_preset("Final weight of the penalty on the scores.")  # type: ignore[assignment]
-    score_init: Optional[Union[str, float]] = _by_preset(  # type: ignore[assignment]
+    allocation: Optional[str] = by_preset("'local', 'row', 'score' or 'global'.")  # type: ignore[assignment]
+    sparsity_schedule: Optional[str] = by_preset("'cubic', 'linear' or 'constant'.")  # type: ignore[assignment]
+    penalty: Optional[float] = by_preset("Final weight of the penalty on the scores.")  # type: ignore[assignment]
+    score_init: Optional[Union[str, float]] = by_preset(  # type: ignore[assignment]
         "'magnitude', 'zeros' (the paper's), 'wanda', 'sparsegpt' or 'random'."
     )
-    score_betas: Optional[list[float]] = _by_preset("Adam's betas for the scores.")
+    score_betas: Optional[list[float]] = by_preset("Adam's betas for the scores.")
 
     def __post_init__(self, density=None):
         check_choice("score", self.score, ("movement", "low_rank"))
-        check_choice("preset", self.preset, ("auto", *PRESETS))
+        check_preset(self, PRESETS)
         self._fill_in()
         super().__post_init__(density)
         self.peft_type = PeftType("SMP")
@@ -90,9 +86,7 @@ class SMPConfig(TrainedConfig):
         values = PRESETS[preset]
         if self.granularity != "weight":  # blocks, heads and n:m groups compete in the matrix, or in their group
             values = values | {"allocation": "local"}
-        for name, value in values.items():
-            if getattr(self, name) is None:
-                setattr(self, name, copy(value))
+        fill_in(self, values)
 
     def recipe(self) -> Recipe:
         """Learned scores; the largest stay; weights are left as they are; at every step."""

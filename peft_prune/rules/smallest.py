@@ -1,4 +1,4 @@
-"""The smallest go, once, by one threshold over many matrices; then whole heads and neurons (DSEE, section 3.3)."""
+"""The smallest go, in each matrix or in many together; then whole heads and neurons (DSEE, section 3.3)."""
 
 from __future__ import annotations
 
@@ -25,16 +25,28 @@ class Smallest(Rule):
         update_sparsity (`float`): share of the weights with update that goes.
         heads (`int`): heads that go in each layer, those whose queries and values are updated least.
         neuron_sparsity (`float`): share of the neurons of each feed-forward network that goes, by magnitude.
+        by_matrix (`bool`): each matrix has thresholds of its own.
     """
 
     sparsity: float = 0.0
     update_sparsity: float = 0.0
     heads: int = 0
     neuron_sparsity: float = 0.0
+    by_matrix: bool = False
 
-    label = "top-k in the model, and whole heads and neurons"
     finds_sparsity = True
     needs_weights = True
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        """In words."""
+        return f"top-k in the {'matrix' if self.by_matrix else 'model'}, and whole heads and neurons"
+
+    def partly(self, share: float) -> Smallest:
+        """The rule on the way: a share of the single weights, and no heads and neurons before all of them."""
+        if share == 1.0:
+            return self
+        return Smallest(share * self.sparsity, share * self.update_sparsity, by_matrix=self.by_matrix)
 
     @property
     def structured(self) -> bool:  # type: ignore[override]
@@ -54,7 +66,8 @@ class Smallest(Rule):
             for updated, rate in ((False, self.sparsity), (True, self.update_sparsity)):
                 parts = [(layer, _rows(name, layer, updated)) for layer in pruned]
                 values = [(layer, rows, _rank(name, layer, updated)[rows]) for layer, rows in parts if len(rows)]
-                _smallest_go(values, rate, masks)
+                for group in [[value] for value in values] if self.by_matrix else [values]:
+                    _smallest_go(group, rate, masks)
             if self.structured:
                 self._remove_units(model, name, layers, masks)
         return masks

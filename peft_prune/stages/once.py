@@ -1,4 +1,4 @@
-"""Pruning once, in the middle of training."""
+"""Pruning in the middle of training, at once or in stages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping
 from ..recipe import Moment
+from ..rules.smallest import Smallest
 from .sparsity_reached import sparsity
 
 
 def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
-    """Prune now what the config says. `update_schedule` and `PruningCallback` do so at `config.prune_at`.
+    """Prune now all that the config says. `update_schedule` and `PruningCallback` have done so at `config.prune_at`.
 
     Args:
         model (`nn.Module`): any model with an adapter that prunes once, such as [`DSEEConfig`]'s, and is not final.
@@ -35,13 +36,29 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
         )
     check_wrapping(model, waiting)
     check_once(model, name, waiting)
-    masks = waiting[0].host[name].recipe.rule.choose_all(_unwrapped(model), name, waiting, None)
-    for layer in waiting:
+    prune_partly(model, name, waiting, 1.0)
+    return sparsity([layer for layer in waiting if layer.host[name].pruned], name)
+
+
+def prune_partly(model: nn.Module, name: str, layers: list[PruningLayer], share: float) -> None:
+    """Choose masks by a share of the sparsity, if they remove more than those in force.
+
+    Args:
+        model (`nn.Module`): the model that the layers belong to.
+        name (`str`): the adapter.
+        layers (`list`): its layers.
+        share (`float`): 1 for all that the config says, heads and neurons included.
+    """
+    rule = cast(Smallest, layers[0].host[name].recipe.rule).partly(share)
+    masks = rule.choose_all(_unwrapped(model), name, layers, None)
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    if share < 1.0 and kept > sum(layer.kept(name) for layer in layers):
+        return  # more was pruned by hand
+    for layer in layers:
         mask = masks[layer.module_name].to(layer.weight.device)
         step, total = layer.steps(name)
         layer.set_kept(name, int(mask.sum()), max(0, step), total)  # pruned by hand, no schedule has to be advanced
         layer.set_bits(name, mask)
-    return sparsity([layer for layer in waiting if layer.host[name].pruned], name)
 
 
 def check_once(model: nn.Module, name: str, layers: list[PruningLayer]) -> None:

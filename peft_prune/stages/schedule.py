@@ -13,7 +13,7 @@ from ..importance.penalty import sigmoid_penalty
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping, gathered
 from ..recipe import Moment
-from .once import check_once, prune_once
+from .once import check_once, prune_partly
 from .sparsity_reached import sparsity
 from .start import check_started
 
@@ -141,21 +141,22 @@ def _at_start(
     return 0.0
 
 
-def _once(
+def _at_stages(
     model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int, grad_scale: float
 ) -> float:
-    """Prune when the schedule passes the step for it; before and after, only the step is noted."""
-    when, before = layers[0].config(name).final_step(total_steps), layers[0].steps(name)[0]
+    """Prune when the schedule passes a step for it; in between only the step is noted."""
+    stages, before = layers[0].config(name).stages(total_steps), layers[0].steps(name)[0]
     if before < 0:
         check_once(model, name, layers)  # now, and not in the middle of training
-    if before < when <= step:
-        prune_once(model, name)
+    passed = [stage for stage in stages if before < stage <= step]
+    if passed:
+        prune_partly(model, name, layers, stages[max(passed)])
     for layer in layers:
         layer.set_kept(name, None, step, total_steps)
     return 0.0
 
 
-_ADVANCE = {Moment.EVERY_STEP: _every_step, Moment.START: _at_start, Moment.ONCE: _once}
+_ADVANCE = {Moment.EVERY_STEP: _every_step, Moment.START: _at_start, Moment.ONCE: _at_stages}
 
 
 def penalty(model: nn.Module) -> float:

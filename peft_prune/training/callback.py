@@ -49,6 +49,15 @@ def _warn_about_groups(model: Any, optimizer: Any, learning_rate: Optional[float
                 )
 
 
+def _warn_of_doubts(model: Any, total_steps: int, args: Any) -> None:
+    """Warn where a training is unlikely to work as it is set up."""
+    decays = "constant" not in str(getattr(args, "lr_scheduler_type", ""))
+    for name, layers in trained_adapters(model).items():
+        config = layers[0].config(name)
+        for doubt in config.doubts(total_steps, getattr(args, "learning_rate", None), decays):
+            warnings.warn(f"Adapter {name!r}: {doubt}", UserWarning, stacklevel=4)
+
+
 def without_densities(logs: dict[str, float]) -> dict[str, float]:
     """What is logged, without the densities: a line that can be read while training runs."""
     return {name: value for name, value in logs.items() if not name.startswith(DENSITY)}
@@ -59,6 +68,9 @@ class PruningCallback(TrainerCallback):
 
     Scores with a calibrated start that have not been calibrated yet are calibrated on examples of the training data
     first.
+
+    Before the first step it warns if a training is unlikely to work: too few steps for the sparsity, or a learning rate
+    or penalty that is known to fail.
 
     Works with any [`~transformers.Trainer`], TRL's included. It does not create the optimizer. It warns if scores are
     trained at the learning rate, or with the weight decay, of other weights: see [`PruningTrainerMixin`].
@@ -94,6 +106,8 @@ class PruningCallback(TrainerCallback):
             compile_selection()
         if not self.groups_are_set:
             _warn_about_groups(model, kwargs.get("optimizer"), getattr(args, "learning_rate", None))
+        if state.global_step == 0 and state.is_world_process_zero:
+            _warn_of_doubts(model, state.max_steps, args)
         calibrate_on_training_data(model, kwargs.get("train_dataloader"), args, tell=state.is_world_process_zero)
         self._advance(state, model, kwargs.get("optimizer"))
 

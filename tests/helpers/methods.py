@@ -122,4 +122,4 @@ def train(model, steps=6, lr=1e-2):
     return model.eval()
 
 
-SMALL = {"r": 3, "lora_alpha": 6.0, "num_sparse": 7}
+SMALL = {"r": 3, "lora_alpha": 6.0, "num_sparse": 7, "preset": "paper"}

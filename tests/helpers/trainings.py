@@ -69,12 +69,12 @@ def smp(base="bert", seed=0, **fields):
 
 def movement(base="bert", seed=0, **fields):
     fields = ({"sparsity": 0.6} if fields.get("variant", "hard") in ("hard", "magnitude") else {}) | fields
-    fields = {"score_lr": 2.0} | fields
+    fields = {"score_lr": 2.0, "preset": "paper"} | fields
     return Training(lambda: MovementPruningConfig(**_task(base) | fields), base, seed)
 
 
 def dsee(base="bert", seed=0, **fields):
-    fields = {"r": 2, "lora_alpha": 4.0, "num_sparse": 5, "sparsity": 0.5} | fields
+    fields = {"r": 2, "lora_alpha": 4.0, "num_sparse": 5, "sparsity": 0.5, "preset": "paper"} | fields
     return Training(lambda: DSEEConfig(**_task(base) | fields), base, seed, lr=0.5)
 
 
