@@ -9,7 +9,8 @@ One process runs one configuration, or what the results lack of a grid, and appe
 
 all-MiniLM-L6-v2, 300 steps of 32. The learning rate is what a user would take: 1e-4 where weights are fine-tuned, 1e-3
 for a LoRA, or where only scores and a classifier are trained. Scores have that of their config. L0 is given no
-sparsity, since its penalty decides.
+sparsity, since its penalty decides. "sparsegpt between" is the recipe of docs/choosing.md: dense fine-tuning for half
+of the steps, then SparseGPT, then the weights that are kept are trained for the other half.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from text_classification import train, train_pruned
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, EvalPrediction, TrainerCallback, set_seed
 
-from peft_prune import DSEEConfig, MovementPruningConfig, PPruningConfig, SMPConfig, calibrate
+from peft_prune import DSEEConfig, MovementPruningConfig, PPruningConfig, SMPConfig, SparseGPTConfig, calibrate
 from peft_prune.layers.layer import pruning_layers
 from peft_prune.stages.sparsity_reached import sparsity
 
@@ -62,6 +63,7 @@ METHODS: dict[str, tuple[float, Callable[..., Any]]] = {
     "magnitude": (FINE_TUNING, _movement("magnitude")),
     "dsee": (LORA, DSEEConfig),
     "p-pruning": (FINE_TUNING, PPruningConfig),
+    "sparsegpt between": (FINE_TUNING, SparseGPTConfig),
 }
 BASELINES = {"dense": FINE_TUNING, "lora": LORA}  # "majority" is not trained
 
@@ -134,6 +136,17 @@ def wrap(args: argparse.Namespace, model: Any, train_set: Any, tokenizer: Any) -
     return model.merge_and_unload()
 
 
+def pruned_between(args: argparse.Namespace, sets: tuple[Any, Any], model: Any, tokenizer: Any, how: dict) -> Any:
+    """A model that was trained for half of the steps and then pruned; the weights that it kept can be trained."""
+    model = train(model, tokenizer, *sets, steps=args.steps // 2, **how).model
+    config = SparseGPTConfig(task_type="SEQ_CLS", sparsity=args.sparsity, num_samples=256)
+    rows = sets[0].shuffle(seed=args.seed).select(range(256)).remove_columns(["labels", "length"])
+    model = get_peft_model(model, config)
+    calibrate(model, [dict(tokenizer.pad(rows[i : i + 32], return_tensors="pt")) for i in range(0, 256, 32)])
+    sparse = model.merge_and_unload()
+    return get_peft_model(sparse, MovementPruningConfig(task_type="SEQ_CLS", from_existing_zeros=True))
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate one configuration: a row of the results."""
     rate = args.lr or (BASELINES | {name: method[0] for name, method in METHODS.items()})[args.method]
@@ -143,14 +156,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     train_set, eval_set, model, metrics = load_task(args.task, tokenizer)
     with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("always")
-        model = wrap(args, model, train_set, tokenizer)
+        how: dict[str, Any] = {
+            "lr": rate, "output_dir": folder, "seed": args.seed, "use_cpu": True, "quiet": True,
+            "bf16": args.dtype == "bfloat16", "batch_size": args.batch_size, "compute_metrics": metrics,
+        }  # fmt: skip
+        steps = args.steps
+        if args.method == "sparsegpt between":
+            model = pruned_between(args, (train_set, eval_set), model, tokenizer, how)
+            steps -= steps // 2
+        else:
+            model = wrap(args, model, train_set, tokenizer)
         trained = getattr(model, "peft_config", {}) and args.method not in BASELINES
         curve = Curve(args.curve, eval_set, tokenizer, metrics)
         trainer = (train_pruned if trained else train)(
-            model, tokenizer, train_set, eval_set, lr=rate, steps=args.steps, output_dir=folder, seed=args.seed,
-            use_cpu=True, quiet=True, bf16=args.dtype == "bfloat16", batch_size=args.batch_size,
-            compute_metrics=metrics, callbacks=[curve],
-        )  # fmt: skip
+            model, tokenizer, train_set, eval_set, steps=steps, callbacks=[curve], **how
+        )
         scores = metrics_in(trainer.evaluate())
     told = sorted({str(w.message)[:200] for w in caught if "=" in str(w.message) and w.category is UserWarning})
     row = shown_settings(args) | {"lr": rate, "scores": scores, "warnings": told}
