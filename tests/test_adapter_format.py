@@ -78,7 +78,7 @@ def test_kept_values_are_read_as_documented(dtype, tmp_path):
 
 
 def test_updates_are_read_as_documented(tmp_path):
-    layers, masks, tensors = read(tmp_path, "dsee", lora_alpha=6.0)
+    layers, masks, tensors = read(tmp_path, "dsee", lora_alpha=6.0, preset="paper")
     fields, updated = json.loads((tmp_path / "adapter_config.json").read_text()), 0
     for layer in layers:
         key = f"base_model.model.{layer.module_name}.dsee_"

@@ -43,6 +43,10 @@ class Rule:
         """Weights that each layer keeps at a step of training; `None` for as many as now."""
         return [None] * len(layers)
 
+    def least_removed(self, layer: Any, name: str) -> float:
+        """Weights of a layer that are removed, at least and on average, once it has been pruned as it was asked to."""
+        return 0.0
+
     def at_first(self, layer: Any, name: str) -> int:
         """Weights that a layer keeps before training."""
         return layer.shape[0] * layer.shape[1]

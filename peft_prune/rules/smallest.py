@@ -58,6 +58,13 @@ class Smallest(Rule):
         """Whether anything was asked to go."""
         return bool(self.sparsity or self.update_sparsity or self.structured)
 
+    def least_removed(self, layer: Any, name: str) -> float:
+        """The single weights; of heads and neurons some may be among them."""
+        if not layer.host[name].pruned:
+            return 0.0
+        rows = {updated: len(_rows(name, layer, updated)) for updated in (False, True)}
+        return float((rows[False] * self.sparsity + rows[True] * self.update_sparsity) * layer.shape[1])
+
     def choose_all(self, model: Any, name: str, layers: list[Any], seen: Any) -> dict[str, torch.Tensor]:
         """Masks (bool, (out, in)) by module name."""
         with all_gathered(layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Optional
 
@@ -75,10 +76,13 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
     """Have the config say what the masks remove, and warn if that is not what was asked for."""
     reached, wanted = sparsity(layers, name), asked_sparsity(name, layers)
     if wanted is None:
-        config.sparsity = reached
-        if layers[0].host[name].recipe.rule.expects_removal and reached < _NEXT_TO_NOTHING:
+        config.sparsity, rule = reached, layers[0].host[name].recipe.rule
+        least = sum(rule.least_removed(layer, name) for layer in layers) / sum(math.prod(m.shape) for m in layers)
+        in_part = reached < least and differs(reached, least, name, layers)
+        if rule.expects_removal and (reached < _NEXT_TO_NOTHING or in_part):
             warnings.warn(
-                f"Adapter {name!r} is finalized at sparsity {reached:.4f}, and {_why_so_little(name, layers[0])}",
+                f"Adapter {name!r} is finalized at sparsity {reached:.4f}, and "
+                + _why_so_little(name, layers[0], reached),
                 UserWarning,
                 stacklevel=3,
             )
@@ -108,12 +112,13 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
     )
 
 
-def _why_so_little(name: str, layer: PruningLayer) -> str:
-    """Why next to nothing was removed, and what to do."""
+def _why_so_little(name: str, layer: PruningLayer, reached: float) -> str:
+    """Why little or nothing was removed, and what to do."""
     step, total = layer.steps(name)
     if layer.host[name].recipe.moment is Moment.ONCE:
+        how = "never pruned" if reached < _NEXT_TO_NOTHING else "pruned in part only"
         return (
-            f"was never pruned: its schedule stands at step {step} of {total}. Train on, or call "
+            f"was {how}: its schedule stands at step {step} of {total}. Train on, or call "
             "peft_prune.prune_once(model) first."
         )
     return (
