@@ -138,6 +138,23 @@ def test_soft_with_a_sparsity_trains_ends_there_and_leaves_a_least_share(tmp_pat
     torch.testing.assert_close(logits(PeftModel.from_pretrained(make_bert(), tmp_path), batch), logits(model, batch))
 
 
+def test_a_moved_threshold_that_missed_its_sparsity_says_why():
+    def ended_at(step, **fields):
+        config = MovementPruningConfig(variant="soft", task_type="SEQ_CLS", **fields)
+        model = get_peft_model(make_bert(), config)
+        update_schedule(model, 0, 10)
+        with torch.no_grad():  # nearly all scores of one matrix are above those of the others
+            scores = next(p for key, p in model.named_parameters() if "scores" in key)
+            scores.add_(100)
+        update_schedule(model, step, 10)
+        return model
+
+    with pytest.warns(UserWarning, match="not at the 0.8000 asked for: the schedule stands at step 2 of 10"):
+        finalize(ended_at(2, sparsity=0.8))
+    with pytest.warns(UserWarning, match=r"not at the 0.7900 asked for: min_density=0\.2 keeps .* Lower it"):
+        finalize(ended_at(10, sparsity=0.79, min_density=0.2))
+
+
 def test_a_checkpoint_of_a_moved_threshold_goes_on(tmp_path):
     model = get_peft_model(make_bert(), MovementPruningConfig(variant="soft", sparsity=0.8, task_type="SEQ_CLS"))
     update_schedule(model, 5, 10)
@@ -451,6 +468,7 @@ BAD = [
     ({"variant": "soft", "density": 0.1, "preset": "paper"}, "the penalty decides"),
     ({"variant": "l0", "sparsity": 0.9}, "the penalty decides"),
     ({"variant": "soft", "sparsity": 0.9, "threshold": 0.3}, r"threshold=0\.3 has no effect with sparsity=0\.9"),
+    ({"variant": "soft", "sparsity": 0.999}, r"sparsity=0\.999 cannot be reached with min_density=0\.005.*Use"),
     ({"preset": "encoder"}, "preset='encoder'.*'auto', 'paper'"),
     ({"variant": "l0", "density": 0.1}, "density=0.1 cannot be set"),
     ({"from_existing_zeros": True, "sparsity": 0.5}, "the zeros of the base decide"),

@@ -150,6 +150,15 @@ class MovementPruningConfig(TrainedConfig):
         self.peft_type = PeftType("MOVEMENT")
         check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
         check_number("min_density", self.min_density, 0.0, 1.0, "The paper uses 0.005.")
+        self._check_reachable()
+
+    def _check_reachable(self) -> None:
+        most = 1.0 - self.min_density
+        if self.sparsity and not self.finalized and self._moves_threshold(None) and self.sparsity > most:
+            raise ValueError(
+                f"sparsity={self.sparsity!r} cannot be reached with min_density={self.min_density!r}, which keeps that "
+                f"share of each matrix. Use a sparsity of {most:g} or less, or a smaller min_density."
+            )
 
     def _moves_threshold(self, density: Optional[float]) -> bool:
         """Whether the threshold is moved to reach a sparsity; where the penalty decides, files have that as 0."""

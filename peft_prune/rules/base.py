@@ -43,6 +43,10 @@ class Rule:
         """Weights that each layer keeps at a step of training; `None` for as many as now."""
         return [None] * len(layers)
 
+    def why_missed(self) -> str:
+        """Why a sparsity was missed at the end of its schedule, and what to do; empty where only whole units can."""
+        return ""
+
     def least_removed(self, layer: Any, name: str) -> float:
         """Weights of a layer that are removed, at least and on average, once it has been pruned as it was asked to."""
         return 0.0

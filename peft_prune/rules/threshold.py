@@ -35,8 +35,19 @@ class Threshold(Rule):
     moves: bool = False
 
     label = "scores above a threshold"
-    finds_sparsity = True
     expects_removal = True
+
+    @property
+    def finds_sparsity(self) -> bool:  # type: ignore[override]
+        """Whether the penalty decides how much is removed, and no sparsity was asked for."""
+        return not self.moves
+
+    def why_missed(self) -> str:
+        """The least share of each matrix."""
+        return (
+            f"min_density={self.min_density:g} keeps that share of each matrix, whatever its scores. Lower it, or ask "
+            "for what can be reached"
+        )
 
     def at_first(self, layer: Any, name: str) -> int:
         """By the initial sparsity; half of the weights if the adapter starts at random, for tests."""

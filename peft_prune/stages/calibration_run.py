@@ -90,6 +90,5 @@ class CalibrationRun:
         manner: Manner = AS_IS,
     ) -> None:
         """Have an observer see the layers, see [`walk`](peft_prune.calibration.walk.walk)."""
-        device = self.device if after_block is not None else None
         samples = self.config.num_samples
-        walk(self.model, self.watched, self.batches, observer, samples, after_block, device, manner)
+        walk(self.model, self.watched, self.batches, observer, samples, after_block, self.device, manner)

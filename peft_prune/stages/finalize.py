@@ -90,19 +90,21 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
     if not differs(reached, wanted, name, layers):
         return
     scheduled = name in layers[0].progress
-    ended_early = scheduled and differs(reached, reachable_sparsity(name, layers), name, layers)
+    step, total = layers[0].steps(name) if scheduled else (-1, 0)
+    ended_early = (
+        scheduled and not 0 < total <= step and differs(reached, reachable_sparsity(name, layers), name, layers)
+    )
     config.sparsity = reached
     if not config.init_weights:
         return
     if ended_early:
-        step, total = layers[0].steps(name)
         when = f"the schedule stands at step {step} of {total}" if step >= 0 else "nobody has advanced the schedule"
         why = (
             f"{when}. Train to the end, or call peft_prune.update_schedule(model, total_steps, total_steps) before "
             "finalize"
         )
     elif scheduled:
-        why = unreachable(config)
+        why = layers[0].host[name].recipe.rule.why_missed() or unreachable(config)
     else:
         why = "each group of units that compete keeps a whole number of them. Ask for what can be reached"
     warnings.warn(
