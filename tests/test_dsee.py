@@ -298,24 +298,30 @@ def test_merge_and_unmerge_are_bit_exact():
         assert torch.equal(layer.get_base_layer().weight, before[layer.module_name + ".weight"])
 
 
-def test_pruned_once_inside_a_trainer_and_resumed(tmp_path):
-    def run(folder, resume=None):
-        torch.manual_seed(0)
-        model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.3, **SMALL))
-        record = Record()
-        args = arguments(folder, save_strategy="steps", save_steps=5)
-        trainer = PruningTrainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), record])
-        trainer.train(resume_from_checkpoint=resume)
-        return model, record
-
-    whole, record = run(tmp_path / "whole")
+def trained(folder, resume=None, **fields):
+    """A model that is pruned inside a trainer, all its masks after each step, and their sparsity."""
+    torch.manual_seed(0)
+    model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, **SMALL | fields))
+    record = Record()
+    args = arguments(folder, save_strategy="steps", save_steps=5)
+    trainer = PruningTrainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), record])
+    trainer.train(resume_from_checkpoint=resume)
     every = [torch.cat([mask.flatten() for mask in step.values()]) for _, step in record.steps]
-    sparsities = [float((~mask).float().mean()) for mask in every]
-    assert sparsities[:2] == [0, 0] and all(s == pytest.approx(0.5, abs=1e-3) for s in sparsities[2:])
-    assert all(torch.equal(every[2], mask) for mask in every[2:]), "pruned once"
-    resumed, _ = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    return model, every, [float((~mask).float().mean()) for mask in every]
+
+
+def check_resumes(whole, folder, **fields):
+    """A training that is resumed from step 5 ends with the same tensors."""
+    resumed, _, _ = trained(folder / "resumed", str(folder / "whole" / "checkpoint-5"), **fields)
     one, two = whole.state_dict(), resumed.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_pruned_once_inside_a_trainer_and_resumed(tmp_path):
+    whole, every, sparsities = trained(tmp_path / "whole", prune_at=0.3)
+    assert sparsities[:2] == [0, 0] and all(s == pytest.approx(0.5, abs=1e-3) for s in sparsities[2:])
+    assert all(torch.equal(every[2], mask) for mask in every[2:]), "pruned once"
+    check_resumes(whole, tmp_path, prune_at=0.3)
     assert whole.peft_config["default"].finalized
 
 
@@ -386,24 +392,11 @@ def test_stages_do_not_bring_back_what_was_pruned_by_hand():
 
 
 def test_pruned_in_stages_inside_a_trainer_and_resumed(tmp_path):
-    def run(folder, resume=None):
-        torch.manual_seed(0)
-        fields = SMALL | {"preset": "auto", "heads_to_prune": 1}
-        model = get_peft_model(make_bert(), DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.8, **fields))
-        record = Record()
-        args = arguments(folder, save_strategy="steps", save_steps=5)
-        trainer = PruningTrainer(model=model, args=args, train_dataset=data(), callbacks=[PruningCallback(), record])
-        trainer.train(resume_from_checkpoint=resume)
-        return model, record
-
-    whole, record = run(tmp_path / "whole")
-    every = [torch.cat([mask.flatten() for mask in step.values()]) for _, step in record.steps]
-    sparsities = [float((~mask).float().mean()) for mask in every]
+    fields = {"preset": "auto", "heads_to_prune": 1, "prune_at": 0.8}
+    whole, _, sparsities = trained(tmp_path / "whole", **fields)
     assert sparsities == sorted(sparsities) and len({round(s, 3) for s in sparsities}) > 5
     assert sparsities[6] < 0.5 < sparsities[7] == sparsities[-1], "heads go last"
-    resumed, _ = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
-    one, two = whole.state_dict(), resumed.state_dict()
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    check_resumes(whole, tmp_path, **fields)
 
 
 def test_optimizer_and_warnings():
