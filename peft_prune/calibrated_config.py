@@ -14,6 +14,7 @@ from .config_checks import (
     check_sparsity_pattern,
     check_whole,
 )
+from .solvers.outliers import check_owl
 from .storage.values import VALUE_DTYPES
 from .structure.shapes import SHAPES, Shapes
 from .updates.base import Keep, Update
@@ -88,6 +89,8 @@ class OneShotConfig(CalibratedConfig):
                     f"granularity={self.granularity!r} fixes the sparsity of every matrix, so {name}="
                     f"{getattr(self, name)!r} must stay at its default."
                 )
+        if self.allocation == "owl" and self.sparsity is not None and not self.finalized:
+            check_owl(self.sparsity)
 
     def beside_mask(self) -> Optional[LowRank]:
         """The update beside the mask, if there is one."""

@@ -104,3 +104,8 @@ def test_what_cannot_be_is_told():
         WandaConfig(allocation="global")
     with pytest.raises(ValueError, match="granularity='2:4' fixes the sparsity of every matrix, so allocation='owl'"):
         SparseGPTConfig(granularity="2:4", allocation="owl")
+
+
+def test_a_sparsity_that_owl_cannot_reach_is_told_before_anything_is_run():
+    with pytest.raises(ValueError, match=r"sparsity=0\.9995 must be in \[0, 0\.999\] for allocation='owl'"):
+        WandaConfig(sparsity=0.9995, allocation="owl")

@@ -177,6 +177,13 @@ def test_export_to_onnx_without_the_package_is_told_at_once(saved, capsys, monke
     assert "pip install" in error and "onnx" in error and not (folder / "onnx").exists()
 
 
+def test_export_of_a_folder_that_is_not_there(tmp_path, capsys):
+    source = str(tmp_path / "nothing")
+    assert main(["export", source, "--to", "onnx", "--output", str(tmp_path / "out")]) == 2
+    assert f"{source!r} is not there. Name a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_compact(tmp_path, capsys, batch):
     make_bert().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")

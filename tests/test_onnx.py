@@ -191,3 +191,10 @@ def test_the_command_takes_out_what_contributes_nothing(tmp_path, capsys):
     torch.testing.assert_close(architectures.logits(small, batch), architectures.logits(model, batch))
     sizes = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert sizes[0] < sizes[1]
+
+
+def test_where_a_file_goes(tmp_path):
+    with pytest.raises(ValueError, match="is a folder. Name a file, such as .*model.onnx"):
+        export_onnx(make_bert(), tmp_path)
+    assert export_onnx(make_bert(), tmp_path / "new" / "model.onnx") == str(tmp_path / "new" / "model.onnx")
+    assert (tmp_path / "new" / "model.onnx").stat().st_size > 0

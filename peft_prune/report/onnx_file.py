@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def export_onnx(model: Any, path: str | os.PathLike, use_cache: bool = False) ->
 
     Args:
         model (`PreTrainedModel`): dense or compact, fine-tuned or not. Its outputs keep their names, such as `logits`.
-        path (`str` or `os.PathLike`): file to write, in a folder that is there.
+        path (`str` or `os.PathLike`): file to write; its folder is made if it is not there.
         use_cache (`bool`): whether a causal language model can generate token by token.
 
     Returns:
@@ -31,10 +32,14 @@ def export_onnx(model: Any, path: str | os.PathLike, use_cache: bool = False) ->
 
     Raises:
         TypeError: `use_cache=True`, and the model is none of Transformers'.
-        ValueError: `use_cache=True`, and the model is no causal language model with keys and values in each layer.
+        ValueError: `path` is a folder; or `use_cache=True`, and the model is no causal language model with keys and
+            values in each layer.
     """
     if use_cache:
         _check_causal(model)
+    if Path(path).is_dir():
+        raise ValueError(f"path={str(path)!r} is a folder. Name a file, such as {str(Path(path) / 'model.onnx')!r}.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     inputs = _example(model)
     axes = {name: {0: "batch", 1: _LENGTHS[name]} if name in _LENGTHS else {0: "batch"} for name in inputs}
     with _in_use(model, use_cache), torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Optional
 
 from transformers import AutoConfig
@@ -15,7 +16,13 @@ from .export import check_installed, check_output, check_smaller, write_model
 
 
 def holds_model(source: str) -> bool:
-    """Whether a folder or Hub id holds a whole model, and no adapter."""
+    """Whether a folder or Hub id holds a whole model, and no adapter.
+
+    Raises:
+        ValueError: it is a path, and nothing is there.
+    """
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise ValueError(f"{source!r} is not there. Name a folder that holds an adapter or a model, or a Hub id.")
     adapter, model = (
         cached_file(
             source,

@@ -62,13 +62,18 @@ def owl_sparsities(
 _MOST = 0.999
 
 
-def _check(ratios: Sequence[float], sparsity: float, spread: float, sizes: Optional[Sequence[int]]) -> None:
-    if not len(ratios) or not all(0 <= ratio < float("inf") for ratio in ratios):
-        raise ValueError(f"ratios={list(ratios)!r:.200} must be numbers from 0, one for each layer.")
+def check_owl(sparsity: float) -> None:
+    """Raise `ValueError` if blocks cannot have sparsities that differ and have this mean."""
     if not 0 <= sparsity <= _MOST:
         raise ValueError(
             f"sparsity={sparsity!r} must be in [0, {_MOST}] for allocation='owl'. Use less, or allocation='local'."
         )
+
+
+def _check(ratios: Sequence[float], sparsity: float, spread: float, sizes: Optional[Sequence[int]]) -> None:
+    if not len(ratios) or not all(0 <= ratio < float("inf") for ratio in ratios):
+        raise ValueError(f"ratios={list(ratios)!r:.200} must be numbers from 0, one for each layer.")
+    check_owl(sparsity)
     if not 0 <= spread < 1:
         raise ValueError(f"spread={spread!r} must be in [0, 1), such as 0.08.")
     if sizes is not None and (len(sizes) != len(ratios) or not all(size > 0 for size in sizes)):
