@@ -61,6 +61,7 @@ METHODS: dict[str, tuple[float, Callable[..., Any]]] = {
     "soft": (FINE_TUNING, _movement("soft")),
     "l0": (FINE_TUNING, _movement("l0")),
     "magnitude": (FINE_TUNING, _movement("magnitude")),
+    "sparsegpt": (FINE_TUNING, _movement("sparsegpt")),
     "dsee": (LORA, DSEEConfig),
     "p-pruning": (FINE_TUNING, PPruningConfig),
     "sparsegpt between": (FINE_TUNING, SparseGPTConfig),

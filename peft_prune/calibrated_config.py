@@ -135,7 +135,7 @@ class UnitsConfig(CalibratedConfig):
     budget = "flops"  # what the cost is
 
     def __post_init__(self, density: Optional[float] = None):
-        self._refuse_sparsity(
+        self.refuse_sparsity(
             density, "set the share to keep instead, for instance keep_ratio=0.5; the sparsity follows from it."
         )
         super().__post_init__(density)

@@ -136,7 +136,7 @@ class PruningConfig(PeftConfig):
         # whatever the field, and whenever it is set: JSON cannot write NumPy's numbers, and tells only after training
         super().__setattr__(name, plain(value))
 
-    def _refuse_sparsity(self, density: Optional[float], why: str) -> None:
+    def refuse_sparsity(self, density: Optional[float], why: str) -> None:
         """For methods that find the sparsity: 0 until it is known, and never given."""
         density = plain(density)
         asked = density is not None and not isinstance(density, _Derived)

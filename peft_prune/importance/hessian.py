@@ -26,4 +26,4 @@ class Hessian(Importance):
     def rank(self, layer: Any, name: str) -> torch.Tensor:
         """Float32, shape (out / rows, in / columns)."""
         norms = layer.host[name].seen.diagonal().sqrt().to(layer.weight.device)
-        return pool(layer.matrix.detach().float().abs() * norms, layer.block(name))
+        return pool(layer.under_mask(name, layer.matrix.detach()).float().abs() * norms, layer.block(name))

@@ -89,10 +89,14 @@ class PruningLayer(NotReplicated, FinalMasks):
 
     def applied(self, name: str, matrix: torch.Tensor, merging: bool = False) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) in inference, its update included."""
-        recipe = self.host[name].recipe
-        result = recipe.importance.settled(self, name, recipe.update.inside(self, name, matrix))
+        recipe, result = self.host[name].recipe, self.under_mask(name, matrix)
         outside = recipe.update.outside(self, name, merging)
         return result if outside is None else result + outside.to(matrix.dtype)
+
+    def under_mask(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """What an adapter's mask leaves of a matrix (out, in), with what of its update is under the mask."""
+        recipe = self.host[name].recipe
+        return recipe.importance.settled(self, name, recipe.update.inside(self, name, matrix))
 
     def adapted(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of a matrix (out, in) when it is merged."""

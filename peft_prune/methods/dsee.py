@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
@@ -16,7 +15,7 @@ from ..matching import is_target
 from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.smallest import Smallest
-from ..selection.curve import Schedule
+from ..selection.curve import Schedule, share_of
 from ..tuner.registration import register_method
 from ..updates.low_rank import LowRank
 from ..updates.support import SUPPORTS
@@ -161,15 +160,12 @@ class DSEEConfig(PruningConfig):
 
     def final_step(self, total_steps: int) -> int:
         """Optimizer step at which all has been pruned."""
-        return _step(self.prune_at, total_steps)
+        return share_of(float(self.prune_at or 0.0), total_steps)
 
     def stages(self, total_steps: int) -> dict[int, float]:
         """Optimizer steps at which it is pruned, and the share of the sparsity that is reached at each: 1 at last."""
-        first, last = _step(self.prune_from, total_steps), self.final_step(total_steps)
-        number = min(STAGES, last - first)
-        grows = Schedule(0.0, 1.0, first / total_steps, last / total_steps)
-        steps = (first + math.ceil(stage * (last - first) / number) for stage in range(1, number))
-        return {step: grows.at(step, total_steps) for step in steps} | {last: 1.0}
+        first, last = (share_of(float(share or 0.0), total_steps) for share in (self.prune_from, self.prune_at))
+        return Schedule(0.0, 1.0, first / total_steps, last / total_steps).stages(total_steps, STAGES)
 
     def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
         """Too few steps for the sparsity, or after it, or a learning rate that does not suit factors of low rank."""
@@ -195,10 +191,6 @@ class DSEEConfig(PruningConfig):
             ),
             Moment.ONCE,
         )  # fmt: skip
-
-
-def _step(share: Optional[float], total_steps: int) -> int:
-    return math.ceil(round(float(share or 0.0) * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01
 
 
 register_method(name="dsee", config_cls=DSEEConfig, model_cls=DSEEModel)

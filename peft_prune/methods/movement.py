@@ -11,13 +11,14 @@ from .. import doubts
 from ..config import reads_old_files
 from ..config_checks import check_choice, check_flag, check_number, check_whole
 from ..importance.base import Importance
-from ..importance.calibrated_start import CALIBRATED_STARTS
 from ..importance.hard_concrete import OPEN_ABOVE, HardConcrete
+from ..importance.hessian import Hessian
 from ..importance.magnitude import Magnitude
 from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.base import Rule
 from ..rules.existing_zeros import ExistingZeros
+from ..rules.solved import Solved
 from ..rules.threshold import Threshold
 from ..rules.topk import TopK
 from ..selection.curve import Schedule
@@ -28,26 +29,11 @@ from ..tuner.registration import register_method
 from ..updates.base import Keep, Update
 from ..updates.dense import Dense
 from ..updates.low_rank import LowRank
+from .movement_checks import check_combination, check_in_stages, check_start
+from .movement_variants import FEW_STEPS, MASKS, PAPERS_THRESHOLD, SCHEDULE, SCORES, STAGES, VARIANTS
 
 
-# What each variant is made of in the paper (sections 3 and 4, and appendix A.1)
-_SCHEDULE = {"sparsity_schedule": "cubic", "schedule_start": 0.1, "schedule_end": 0.8}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "hard": {"score": "movement", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
-    "soft": {"score": "movement", "mask": "threshold", "penalty": 400.0, "score_init": "zeros", "score_lr": 1e-2},
-    "l0": {"score": "movement", "mask": "l0", "penalty": 125.0, "score_init": 2.197, "score_lr": 1e-1},
-    "magnitude": {"score": "magnitude", "mask": "topk", "penalty": 0.0, "score_init": "zeros", "score_lr": 1e-2},
-}
-# What differs from it by default where a sparsity is reached. From zeros a training of a few hundred steps prunes on
-# the sign of its first gradients, so scores start where magnitudes rank the weights; more steps are left at the end;
-# and with a threshold that is moved no penalty has to draw scores below it.
-FEW_STEPS: dict[str, dict[str, Any]] = {
-    "topk": {"score_init": "magnitude", "schedule_end": 0.7},
-    "threshold": {"score_init": "magnitude", "schedule_end": 0.7, "penalty": 0.0},
-}
-SCORES, MASKS = ("movement", "low_rank", "magnitude"), ("topk", "threshold", "l0")
 UPDATES = ("full", "low_rank", "none")
-PAPERS_THRESHOLD = 0.1
 
 
 @reads_old_files(preset="paper")
@@ -134,18 +120,20 @@ class MovementPruningConfig(TrainedConfig):
         check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
         check_preset(self, {"paper": None})
         asked = self.penalty
-        paper = VARIANTS[self.variant] | _SCHEDULE
+        paper = VARIANTS[self.variant] | SCHEDULE
         fill_in(self, {name: paper[name] for name in ("score", "mask")})
         check_choice("score", self.score, SCORES)
         check_choice("mask", self.mask, MASKS)
-        told = self._moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
+        told = self.moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
         fill_in(self, paper | (FEW_STEPS[str(self.mask)] if told else {}))
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
-        self._check_start()
-        self._check_combination(density)
-        if not self._learns_scores():
+        check_start(self)
+        check_combination(self, density)
+        if not self.learns_scores():
             self._without_penalty(asked)
+        if self.score == "sparsegpt":
+            check_in_stages(self)
         super().__post_init__(density)
         self.peft_type = PeftType("MOVEMENT")
         check_number("threshold", self.threshold, 0.0, 1.0, "The paper uses 0.1.", open_high=True)
@@ -154,82 +142,26 @@ class MovementPruningConfig(TrainedConfig):
 
     def _check_reachable(self) -> None:
         most = 1.0 - self.min_density
-        if self.sparsity and not self.finalized and self._moves_threshold(None) and self.sparsity > most:
+        if self.sparsity and not self.finalized and self.moves_threshold(None) and self.sparsity > most:
             raise ValueError(
                 f"sparsity={self.sparsity!r} cannot be reached with min_density={self.min_density!r}, which keeps that "
                 f"share of each matrix. Use a sparsity of {most:g} or less, or a smaller min_density."
             )
 
-    def _moves_threshold(self, density: Optional[float]) -> bool:
+    def moves_threshold(self, density: Optional[float]) -> bool:
         """Whether the threshold is moved to reach a sparsity; where the penalty decides, files have that as 0."""
         asked = self.sparsity if self.sparsity is not None else density
         return self.preset == "auto" and self.mask == "threshold" and bool(asked)
 
-    def _learns_scores(self) -> bool:
-        return self.score != "magnitude" and not self.from_existing_zeros
+    def learns_scores(self) -> bool:
+        """Whether scores are trained."""
+        return self.score in ("movement", "low_rank") and not self.from_existing_zeros
 
     def _without_penalty(self, asked: Optional[float]) -> None:
         if asked and not self.finalized:
             why = "from_existing_zeros=True" if self.from_existing_zeros else f"score={self.score!r}"
             raise ValueError(f"penalty={asked!r} has no effect with {why}, which learns no scores. Leave it out.")
         self.penalty = 0.0  # the variant may have set another one
-
-    def _check_start(self) -> None:
-        if self.score_init in CALIBRATED_STARTS and (not self._learns_scores() or self.mask == "l0"):
-            raise ValueError(
-                f"score_init={self.score_init!r} cannot be used with score={self.score!r}, mask={self.mask!r}, "
-                f"from_existing_zeros={self.from_existing_zeros!r}, where no ranking is learned. Leave it out."
-            )
-
-    def _check_combination(self, density: Optional[float]) -> None:
-        if self.score == "magnitude" and self.mask != "topk":
-            raise ValueError(f"mask={self.mask!r} needs learned scores. Use mask='topk' with score='magnitude'.")
-        if self.score == "low_rank" and self.mask == "l0":
-            raise ValueError("mask='l0' gives each weight a gate of its own. Use score='movement' with it.")
-        if self.score == "low_rank" and self.from_existing_zeros:
-            raise ValueError(
-                "score='low_rank' has nothing to decide with from_existing_zeros=True. Leave one of them out."
-            )
-        if self.update == "low_rank" and self.mask == "l0":
-            raise ValueError(
-                "update='low_rank' keeps the base weights, which mask='l0' scales by gates. Use update='full' with it."
-            )
-        imported = self.from_existing_zeros and self.finalized  # a mask of mask_from_zeros, which nobody trained
-        if (
-            self.update == "none"
-            and not imported
-            and (self.score == "magnitude" or self.mask == "l0" or self.from_existing_zeros)
-        ):
-            raise ValueError(
-                f"update='none' leaves nothing to train, or gates with nowhere to go, with score={self.score!r}, mask="
-                f"{self.mask!r}, from_existing_zeros={self.from_existing_zeros!r}. Use update='full'."
-            )
-        if self.update != "full" and self.value_dtype != "float32" and not self.finalized:
-            raise ValueError(
-                f"value_dtype={self.value_dtype!r} has no effect with update={self.update!r}, which stores no values "
-                "of kept weights. Leave it out, or use update='full'."
-            )
-        if self.from_existing_zeros:
-            self._refuse_sparsity(density, "the zeros of the base decide how much is removed. Leave it out.")
-        elif self.mask == "l0" or (self.mask == "threshold" and not self._moves_threshold(density)):
-            fix = " Leave it out, or use preset='auto'." if self.mask == "threshold" else " Leave it out."
-            self._refuse_sparsity(density, f"the penalty decides how much is removed.{fix}")
-        if self._moves_threshold(density) and self.threshold != PAPERS_THRESHOLD and not self.finalized:
-            raise ValueError(
-                f"threshold={self.threshold!r} has no effect with sparsity={self.sparsity!r}, density={density!r}: the "
-                "threshold is moved to where that is reached. Leave one of them out."
-            )
-        if self.from_existing_zeros and not self.finalized and (self.allocation != "local" or self.sparsity_pattern):
-            raise ValueError(
-                f"allocation={self.allocation!r} and sparsity_pattern={self.sparsity_pattern!r} have no effect with "
-                "from_existing_zeros=True: the zeros of the base decide what each matrix keeps. Leave them out."
-            )
-        if self.mask != "topk" and (self.allocation != "local" or self.sparsity_pattern or ":" in self.granularity):
-            raise ValueError(
-                f"mask={self.mask!r} lets scores decide by themselves how much each matrix keeps, so allocation="
-                f"{self.allocation!r}, sparsity_pattern={self.sparsity_pattern!r} and granularity={self.granularity!r} "
-                "must not fix it. Leave them at their defaults."
-            )
 
     def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
         """Also a learning rate that does not suit the update, and a penalty that removes nothing or everything."""
@@ -246,11 +178,24 @@ class MovementPruningConfig(TrainedConfig):
 
     def recipe(self) -> Recipe:
         """Learned scores or magnitudes; top-k or a threshold; kept weights are trained; at every step."""
-        moment = Moment.START if self.from_existing_zeros else Moment.EVERY_STEP
-        return Recipe(self._importance(), self._rule(), self._update(), moment)
+        return Recipe(self._importance(), self._rule(), self._update(), self._moment())
+
+    def _moment(self) -> Moment:
+        if self.from_existing_zeros:
+            return Moment.START
+        return Moment.ONCE if self.score == "sparsegpt" else Moment.EVERY_STEP
+
+    def stages(self, total_steps: int) -> dict[int, float]:
+        """Of `score="sparsegpt"`: steps at which weights are removed, and the share of the sparsity reached at each."""
+        number = 1 if ":" in self.granularity else STAGES
+        filled: Any = self  # by now no field is None
+        grows = Schedule(0.0, 1.0, filled.schedule_start, filled.schedule_end, filled.sparsity_schedule)
+        return grows.stages(total_steps, number)
 
     def _importance(self) -> Importance:
-        if not self._learns_scores():
+        if self.score == "sparsegpt":
+            return Hessian()
+        if not self.learns_scores():
             return Magnitude()
         if self.mask == "l0":
             return HardConcrete(self.score_start(), self.seed)
@@ -265,6 +210,8 @@ class MovementPruningConfig(TrainedConfig):
             filled: Any = self  # by now no field is None
             curve = Schedule(0.0, self.threshold, filled.schedule_start, filled.schedule_end, filled.sparsity_schedule)
             return Threshold(curve, min_density=self.min_density, moves=bool(self.sparsity))
+        if self.score == "sparsegpt":
+            return Solved(self.granularity)
         return TopK(self.allocation, self.granularity)
 
     def _update(self) -> Update:
@@ -273,7 +220,7 @@ class MovementPruningConfig(TrainedConfig):
             return LowRank(self.r, self.lora_alpha, seed=self.seed, random=at_random, under_mask=True)
         if self.update == "full":
             # where scores start at random, the update need not; and existing zeros are found before it
-            return Dense(self.value_dtype, at_random and not self._learns_scores() and not self.from_existing_zeros)
+            return Dense(self.value_dtype, at_random and not self.learns_scores() and not self.from_existing_zeros)
         return Keep()
 
 

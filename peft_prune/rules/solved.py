@@ -15,14 +15,6 @@ from ..solvers.swaps import improve_mask
 from .topk import TopKOnce
 
 
-def pattern_of_layer(layer: Any, name: str) -> Pattern:
-    """What solvers are asked for: the layer's sparsity, or (n, m)."""
-    granularity = layer.host[name].granularity
-    if isinstance(granularity, NMGranularity):
-        return granularity.n, granularity.m
-    return layer.target_sparsity(name)
-
-
 @dataclass(frozen=True)
 class Refined(TopKOnce):
     """Top-k of each row or group, whose mask is improved by swaps as long as the loss of the output falls."""
@@ -34,10 +26,10 @@ class Refined(TopKOnce):
 
     def choose(self, layer: Any, name: str) -> torch.Tensor:
         """Bool, shape (out, in)."""
-        pattern, gram = pattern_of_layer(layer, name), layer.host[name].seen
+        pattern, gram = _pattern(self, layer, name), layer.host[name].seen
         mask = super().choose(layer, name)
         groups = pattern if isinstance(pattern, tuple) else None
-        return improve_mask(layer.matrix.to(gram), mask.to(gram.device), gram, groups=groups).to(mask.device)
+        return improve_mask(_weight(layer, name, gram), mask.to(gram.device), gram, groups=groups).to(mask.device)
 
 
 @dataclass(frozen=True)
@@ -63,10 +55,23 @@ class Solved(TopKOnce):
 
     def solve(self, layer: Any, name: str) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Mask (bool) and values (float32) of a layer, both of shape (out, in)."""
-        gram, pattern = layer.host[name].seen, pattern_of_layer(layer, name)
-        weight = layer.matrix.detach().to(gram)
+        gram, pattern = layer.host[name].seen, _pattern(self, layer, name)
+        weight = _weight(layer, name, gram)
         if self.solver == "admm":
             mask, values = admm(weight, gram, pattern, self.damping)
         else:
             mask, values = sparsegpt(weight, gram, pattern, self.damping, self.block_size)
         return mask.to(layer.weight.device), values.float().to(layer.weight.device)
+
+
+def _pattern(rule: TopKOnce, layer: Any, name: str) -> Pattern:
+    """What solvers are asked for: a sparsity, or (n, m)."""
+    granularity = layer.host[name].granularity
+    if isinstance(granularity, NMGranularity):
+        return granularity.n, granularity.m
+    return 1.0 - rule.density(layer, name)
+
+
+def _weight(layer: Any, name: str, gram: torch.Tensor) -> torch.Tensor:
+    """The weight as it is now, trained and pruned in part perhaps, where the Gram matrix is."""
+    return layer.under_mask(name, layer.matrix.detach()).detach().to(gram)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import torch
@@ -107,11 +107,21 @@ class TopKOnce(Rule):
         granularity (`str`): `"weight"`, or an n:m pattern.
         group (`str`): what competes where units are single weights: `"row"` or `"matrix"`.
         allocation (`str`): `"local"`: all matrices alike. `"owl"`: blocks with more outliers keep more.
+        share (`float`): of the sparsity, on the way to it.
     """
 
     granularity: str = "weight"
     group: str = "row"
     allocation: str = "local"
+    share: float = field(default=1.0, kw_only=True)
+
+    def partly(self, share: float) -> TopKOnce:
+        """The rule on the way, at a share of the sparsity."""
+        return replace(self, share=share)
+
+    def density(self, layer: Any, name: str) -> float:
+        """Share of a layer's units that stays."""
+        return 1.0 - self.share * layer.target_sparsity(name)
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -128,10 +138,10 @@ class TopKOnce(Rule):
         """Bool, shape (out, in)."""
         host = layer.host[name]
         ranking = layer.ranking(name)
-        kept = host.granularity.count(1.0 - layer.target_sparsity(name), layer.shape)
+        kept = host.granularity.count(self.density(layer, name), layer.shape)
         if self.group == "matrix" or ":" in self.granularity:
             return spread(host.granularity.units(ranking, kept), layer.block(name))
-        return largest_in_rows(ranking, count_in_row(1.0 - layer.target_sparsity(name), ranking.shape[1]))
+        return largest_in_rows(ranking, count_in_row(self.density(layer, name), ranking.shape[1]))
 
 
 _GROUPS = {"row": "row", "local": "matrix", "score": "kind of matrix", "global": "model"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -40,3 +41,25 @@ class Schedule:
             return self.final
         share = CURVES[self.curve]((progress - self.start) / (self.end - self.start))
         return self.initial + (self.final - self.initial) * share
+
+    def stages(self, total_steps: int, number: int) -> dict[int, float]:
+        """Optimizer steps at which the value is brought up to date, where that is done a few times only.
+
+        Args:
+            total_steps (`int`): of the training.
+            number (`int`): how often, at most and evenly spaced; a constant curve has one stage, at its start.
+
+        Returns:
+            `dict[int, float]`: value by step, in order; the last is `final`.
+        """
+        first = last = share_of(self.start, total_steps)
+        if self.curve != "constant":
+            last = share_of(self.end, total_steps)
+        number = min(number, last - first)
+        steps = (first + math.ceil(stage * (last - first) / number) for stage in range(1, number))
+        return {step: self.at(step, total_steps) for step in steps} | {last: self.final}
+
+
+def share_of(share: float, total_steps: int) -> int:
+    """The first optimizer step at which a share of training is done."""
+    return math.ceil(round(share * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01

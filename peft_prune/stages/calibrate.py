@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -21,6 +20,7 @@ from .layer_by_layer import choose_layer_by_layer
 from .own_config import own_config
 from .sparsity_by_outliers import allot_by_outliers
 from .start import adapters_that_wait, calibrate_start
+from .taken_back import taken_back_on_error
 
 
 def calibrate(
@@ -85,7 +85,7 @@ def calibrate(
     if starts:
         _check_active(run)
         return calibrate_start(run)
-    with _taken_back_on_error(name, layers):
+    with taken_back_on_error(name, layers):
         losses = _choose(run)
         shares = recipe.rule.shares(model, name, layers)
         forms = [layer.final_form(name) for layer in layers]
@@ -127,29 +127,6 @@ def _check_device(device: torch.device | str, recipe: Recipe) -> None:
             f"the whole model: move it there, model.to({str(device)!r}), and leave device out."
         )
     check_device(device)
-
-
-@contextmanager
-def _taken_back_on_error(name: str, layers: list[PruningLayer]) -> Iterator[None]:
-    """Leave nothing half pruned behind, an interrupt included."""
-    kinds = ("bits", "progress", *layers[0].host[name].recipe.update.tensors)
-    before = [
-        {kind: layer.held(kind)[name].detach().cpu().clone() for kind in kinds if name in layer.held(kind)}
-        for layer in layers
-    ]
-    try:
-        yield
-    except BaseException:
-        for layer, held in zip(layers, before, strict=True):
-            layer.host[name].seen = layer.host[name].allotted = None
-            layer.host[name].drop_decoded()
-            layer.cached_weight.clear()
-            if "bits" not in held and name in layer.held("bits"):
-                del layer.held("bits")[name]
-            with torch.no_grad():
-                for kind, tensor in held.items():
-                    layer.held(kind)[name].copy_(tensor)
-        raise
 
 
 def _uncalibrated(model: nn.Module, adapter_name: Optional[str]) -> tuple[str, list[PruningLayer]]:

@@ -13,25 +13,28 @@ import torch
 from ..calibration.walk import AS_IS, Manner
 from ..layers.layer import PruningLayer
 from ..layers.sharding import agreed
+from ..rules.base import Rule
 from .calibration_run import CalibrationRun
 
 
-def choose_layer_by_layer(run: CalibrationRun) -> dict[str, float]:
+def choose_layer_by_layer(run: CalibrationRun, rule: Optional[Rule] = None) -> dict[str, float]:
     """Put masks in force, and values where the method finds any, block by block.
 
     Args:
         run ([`CalibrationRun`]): whose layers, and what they are shown.
+        rule ([`Rule`], *optional*): which weights stay; by default as the recipe says.
 
     Returns:
         `dict[str, float]`: relative loss of each layer's output, of methods that know it.
     """
-    return LayerByLayer(run, run.recipe.importance.observer(run.config)).walk()
+    return LayerByLayer(run, run.recipe.importance.observer(run.config), rule).walk()
 
 
 class LayerByLayer:
     """What is chosen for each layer, and the loss that it makes."""
 
-    def __init__(self, run: CalibrationRun, observer: Any) -> None:
+    def __init__(self, run: CalibrationRun, observer: Any, rule: Optional[Rule] = None) -> None:
+        self.rule = rule or run.recipe.rule
         self.run, self.name, self.layers, self.observer = run, run.name, run.layers, observer
         self.losses: dict[str, float] = {}
         self._worst = 1.0  # tokens over tokens needed, of the layer that was last warned about
@@ -48,9 +51,11 @@ class LayerByLayer:
         for path in paths:
             layer = self.layers[path]
             layer.host[self.name].seen = self.observer.result(path)
+            matrix = before = layer.matrix.detach()
+            if self.name in layer.progress:  # it may have been trained and pruned in part
+                before = layer.under_mask(self.name, matrix).detach()
             self._choose(layer)
-            matrix = layer.matrix.detach()
-            loss = self.observer.output_loss(matrix, layer.adapted(self.name, matrix), layer.host[self.name].seen)
+            loss = self.observer.output_loss(before, layer.adapted(self.name, matrix), layer.host[self.name].seen)
             layer.host[self.name].seen = None
             if loss is not None:
                 self.losses[path] = agreed(loss)
@@ -62,14 +67,14 @@ class LayerByLayer:
         return _caching([self.layers[path] for path in paths], True)
 
     def _choose(self, layer: PruningLayer) -> None:
-        name, recipe = self.name, layer.host[self.name].recipe
-        mask, values = recipe.rule.solve(layer, name)
+        name, update = self.name, layer.host[self.name].recipe.update
+        mask, values = self.rule.solve(layer, name)
         layer.set_bits(name, agreed(mask.cpu()).to(layer.weight.device))
         if name in layer.progress:  # where an update is trained, its counters say what is kept
             layer.set_kept(name, int(layer.get_mask(name).sum()), *layer.steps(name))
-        recipe.update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
+        update.settle(layer, name, values if values is None else agreed(values.cpu()).to(mask.device))
         with torch.no_grad():
-            for held in (layer.held(kind) for kind in recipe.update.tensors):
+            for held in (layer.held(kind) for kind in update.tensors):
                 if name in held:  # what the update starts from, too, is that of the first process
                     held[name].copy_(agreed(held[name].detach().cpu()))
 

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Optional, cast
+from collections.abc import Iterable, Iterator
+from typing import Any, Optional, Protocol, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.layer import PruningLayer, pruning_layers
-from ..layers.sharding import check_wrapping
+from ..layers.sharding import check_wrapping, refuse_sharded
 from ..recipe import Moment
-from ..rules.smallest import Smallest
+from ..rules.base import Rule
+from .calibration_run import CalibrationRun
+from .layer_by_layer import choose_layer_by_layer
 from .sparsity_reached import sparsity
+from .taken_back import taken_back_on_error
 
 
-def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
+class _InStages(Protocol):
+    """A rule that knows what it is on the way."""
+
+    def partly(self, share: float) -> Rule: ...
+
+
+def prune_once(model: nn.Module, adapter_name: Optional[str] = None, batches: Optional[Iterable[Any]] = None) -> float:
     """Prune now all that the config says. `update_schedule` and `PruningCallback` have done so at `config.prune_at`.
 
     Args:
         model (`nn.Module`): any model with an adapter that prunes once, such as [`DSEEConfig`]'s, and is not final.
         adapter_name (`str`, *optional*): by default the active adapter.
+        batches (`Iterable`, *optional*): batches of training data, for methods that prune by what layers see.
 
     Returns:
         `float`: share of the weights of pruned modules that is removed.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or there are no batches for a method that needs them.
     """
     layers = pruning_layers(model)
     name = adapter_name or (layers[0].active_adapters[0] if layers else "")
@@ -35,12 +46,15 @@ def prune_once(model: nn.Module, adapter_name: Optional[str] = None) -> float:
             f"prune_once: adapter_name={adapter_name!r} is no adapter that prunes once, such as DSEE's, or it is final."
         )
     check_wrapping(model, waiting)
+    check_batches(name, waiting, batches, "prune_once")
     check_once(model, name, waiting)
-    prune_partly(model, name, waiting, 1.0)
+    prune_partly(model, name, waiting, 1.0, batches)
     return sparsity([layer for layer in waiting if layer.host[name].pruned], name)
 
 
-def prune_partly(model: nn.Module, name: str, layers: list[PruningLayer], share: float) -> None:
+def prune_partly(
+    model: nn.Module, name: str, layers: list[PruningLayer], share: float, batches: Optional[Iterable[Any]] = None
+) -> None:
     """Choose masks by a share of the sparsity, if they remove more than those in force.
 
     Args:
@@ -48,8 +62,13 @@ def prune_partly(model: nn.Module, name: str, layers: list[PruningLayer], share:
         name (`str`): the adapter.
         layers (`list`): its layers.
         share (`float`): 1 for all that the config says, heads and neurons included.
+        batches (`Iterable`, *optional*): of training data, for methods that prune by what layers see.
     """
-    rule = cast(Smallest, layers[0].host[name].recipe.rule).partly(share)
+    recipe = layers[0].host[name].recipe
+    rule = cast(_InStages, recipe.rule).partly(share)
+    if recipe.needs_activations:
+        _calibrate_partly(CalibrationRun.of(_unwrapped(model), name, layers, batches, None), rule)
+        return
     masks = rule.choose_all(_unwrapped(model), name, layers, None)
     kept = sum(int(mask.sum()) for mask in masks.values())
     if share < 1.0 and kept > sum(layer.kept(name) for layer in layers):
@@ -59,6 +78,26 @@ def prune_partly(model: nn.Module, name: str, layers: list[PruningLayer], share:
         step, total = layer.steps(name)
         layer.set_kept(name, int(mask.sum()), max(0, step), total)  # pruned by hand, no schedule has to be advanced
         layer.set_bits(name, mask)
+
+
+def _calibrate_partly(run: CalibrationRun, rule: Rule) -> None:
+    """Choose masks, and values where the method finds any, by what layers see of the model as it is by now."""
+    layers = list(run.layers.values())
+    with taken_back_on_error(run.name, layers):
+        choose_layer_by_layer(run, rule)
+
+
+def check_batches(name: str, layers: list[PruningLayer], batches: Optional[Iterable[Any]], what: str) -> None:
+    """Raise `ValueError` if an adapter prunes by what layers see, and there is nothing to show them."""
+    if not layers[0].host[name].recipe.needs_activations:
+        return
+    refuse_sharded(layers, what)
+    if batches is None or isinstance(batches, Iterator):
+        given = "no batches" if batches is None else f"batches={batches!r}, which can be read once only"
+        raise ValueError(
+            f"{what}: adapter {name!r} prunes by what its layers see, several times in a training, and was given "
+            f"{given}. Use PruningTrainer, or pass a list of batches of training data: {what}(..., batches=batches)."
+        )
 
 
 def check_once(model: nn.Module, name: str, layers: list[PruningLayer]) -> None:

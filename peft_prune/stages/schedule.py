@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Optional
 
@@ -13,7 +15,7 @@ from ..importance.penalty import sigmoid_penalty
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping, gathered
 from ..recipe import Moment
-from .once import check_once, prune_partly
+from .once import check_batches, check_once, prune_partly
 from .sparsity_reached import sparsity
 from .start import check_started
 
@@ -49,7 +51,11 @@ def why_nothing_trains(model: nn.Module) -> str:
 
 
 def update_schedule(
-    model: nn.Module, step: int, total_steps: Optional[int] = None, grad_scale: float = 1.0
+    model: nn.Module,
+    step: int,
+    total_steps: Optional[int] = None,
+    grad_scale: float = 1.0,
+    batches: Optional[Iterable[Any]] = None,
 ) -> dict[str, float]:
     """Bring sparsity and penalty of the active adapters to where the schedule wants them.
 
@@ -63,19 +69,25 @@ def update_schedule(
         step (`int`): number of optimizer steps done.
         total_steps (`int`, *optional*): number of steps of the whole training; by default `config.total_steps`.
         grad_scale (`float`): factor by which the loss is scaled (fp16 gradient scaling), so that the penalty is too.
+        batches (`Iterable`, *optional*): batches of training data, as for [`calibrate`], for methods that prune by what
+            layers see: `MovementPruningConfig(variant="sparsegpt")`. Pass the same at each step.
 
     Returns:
         `dict[str, float]`: `sparsity` (of all target weights) and `penalty_lambda` of the first active adapter. On an
             accelerator `sparsity` is a 0-dim tensor if it would have to be waited for; `float` reads it.
 
     Raises:
-        ValueError: there is nothing to advance, the number of steps is unknown, or `step` is beyond it.
+        ValueError: there is nothing to advance, the number of steps is unknown, `step` is beyond it, or there are no
+            batches for a method that needs them.
     """
     adapters = trained_adapters(model)
     if not adapters:
         raise ValueError(f"update_schedule has no schedule to advance: {why_nothing_trains(model)}")
     check_started(adapters, "update_schedule")
-    reports = [_update_adapter(model, name, layers, step, total_steps, grad_scale) for name, layers in adapters.items()]
+    reports = [
+        _update_adapter(model, name, layers, step, total_steps, grad_scale, batches)
+        for name, layers in adapters.items()
+    ]
     return reports[0]
 
 
@@ -86,6 +98,7 @@ def _update_adapter(
     step: int,
     total_steps: Optional[int],
     grad_scale: float,
+    batches: Optional[Iterable[Any]],
 ) -> dict[str, float]:
     config = layers[0].config(name)
     total = total_steps if total_steps is not None else config.total_steps
@@ -107,52 +120,59 @@ def _update_adapter(
         )
     config.total_steps = int(total)  # NumPy's whole numbers are none to JSON
     check_wrapping(model, layers)
-    weight = _ADVANCE[layers[0].host[name].recipe.moment](model, name, layers, step, total, grad_scale)
+    at = _At(int(step), int(total), grad_scale, batches)
+    weight = _ADVANCE[layers[0].host[name].recipe.moment](model, name, layers, at)
     return {"sparsity": _sparsity_unread(layers, name), "penalty_lambda": weight}
 
 
-def _every_step(
-    model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int, grad_scale: float
-) -> float:
+@dataclass(frozen=True)
+class _At:
+    """Where training is, and what a step is given."""
+
+    step: int
+    total_steps: int
+    grad_scale: float
+    batches: Optional[Iterable[Any]]
+
+
+def _every_step(model: nn.Module, name: str, layers: list[PruningLayer], at: _At) -> float:
     """Renew masks, and arm the penalty for the next step; returns its λ."""
     config, recipe = layers[0].config(name), layers[0].host[name].recipe
-    renewed = config.renews_at(step, total_steps)
-    counts = recipe.rule.counts(name, layers, step, total_steps) if renewed else [None] * len(layers)
+    renewed = config.renews_at(at.step, at.total_steps)
+    counts = recipe.rule.counts(name, layers, at.step, at.total_steps) if renewed else [None] * len(layers)
     for layer, kept in zip(gathered(layers, recipe.needs_weights), counts, strict=True):
-        layer.set_kept(name, kept, step, total_steps)
+        layer.set_kept(name, kept, at.step, at.total_steps)
         if renewed:
             layer.renew(name)
-    weight = config.penalty_at(step, total_steps)
+    weight = config.penalty_at(at.step, at.total_steps)
     if weight and recipe.importance.tensors:
         for layer in layers:
-            layer.arm_penalty(name, grad_scale * weight / (len(layers) * layer.unit_count(name)))
+            layer.arm_penalty(name, at.grad_scale * weight / (len(layers) * layer.unit_count(name)))
     return weight
 
 
-def _at_start(
-    model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int, grad_scale: float
-) -> float:
+def _at_start(model: nn.Module, name: str, layers: list[PruningLayer], at: _At) -> float:
     """Find the masks before the first step, when base weights have been loaded for certain."""
     first = layers[0].steps(name)[0] < 0
     for layer in gathered(layers, first):
-        layer.set_kept(name, None, step, total_steps)
+        layer.set_kept(name, None, at.step, at.total_steps)
         if first:
             layer.renew(name)
     return 0.0
 
 
-def _at_stages(
-    model: nn.Module, name: str, layers: list[PruningLayer], step: int, total_steps: int, grad_scale: float
-) -> float:
+def _at_stages(model: nn.Module, name: str, layers: list[PruningLayer], at: _At) -> float:
     """Prune when the schedule passes a step for it; in between only the step is noted."""
-    stages, before = layers[0].config(name).stages(total_steps), layers[0].steps(name)[0]
+    stages, before = layers[0].config(name).stages(at.total_steps), layers[0].steps(name)[0]
+    if before < max(stages):
+        check_batches(name, layers, at.batches, "update_schedule")  # now, and not in the middle of training
     if before < 0:
-        check_once(model, name, layers)  # now, and not in the middle of training
-    passed = [stage for stage in stages if before < stage <= step]
+        check_once(model, name, layers)
+    passed = [stage for stage in stages if before < stage <= at.step]
     if passed:
-        prune_partly(model, name, layers, stages[max(passed)])
+        prune_partly(model, name, layers, stages[max(passed)], at.batches)
     for layer in layers:
-        layer.set_kept(name, None, step, total_steps)
+        layer.set_kept(name, None, at.step, at.total_steps)
     return 0.0
 
 

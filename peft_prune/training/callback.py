@@ -14,7 +14,7 @@ from ..report.training import DENSITY
 from ..selection.topk import compile_selection
 from ..stages.finalize import finalize
 from ..stages.schedule import penalty, trained_adapters, update_schedule, why_nothing_trains
-from .start import calibrate_on_training_data
+from .start import calibrate_on_training_data, examples_for_stages
 
 
 _INSTEAD = (
@@ -89,6 +89,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, finalize_at_end: bool = True) -> None:
         self.finalize_at_end = finalize_at_end
         self.last: dict[str, float] = {}
+        self._batches: Optional[list[Any]] = None  # for methods that prune by what layers see
         self.groups_are_set = False  # by a trainer that gives the scores a learning rate of their own
 
     def _grad_scale(self, optimizer: Any) -> float:
@@ -109,11 +110,12 @@ class PruningCallback(TrainerCallback):
         if state.global_step == 0 and state.is_world_process_zero:
             _warn_of_doubts(model, state.max_steps, args)
         calibrate_on_training_data(model, kwargs.get("train_dataloader"), args, tell=state.is_world_process_zero)
+        self._batches = examples_for_stages(model, kwargs.get("train_dataloader"), args)
         self._advance(state, model, kwargs.get("optimizer"))
 
     def _advance(self, state: Any, model: Any, optimizer: Optional[Any]) -> None:
         self.last = update_schedule(
-            model, min(state.global_step, state.max_steps), state.max_steps, self._grad_scale(optimizer)
+            model, min(state.global_step, state.max_steps), state.max_steps, self._grad_scale(optimizer), self._batches
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -6,13 +6,14 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..calibration.batches import first_examples
 from ..stages.calibrate import calibrate
 from ..stages.schedule import trained_adapters
 
@@ -41,6 +42,26 @@ def calibrate_on_training_data(model: nn.Module, dataloader: Any, args: Any, tel
             )
         with _random_numbers_kept():
             calibrate(model, _examples(dataloader, config.num_samples, args), name)
+
+
+def examples_for_stages(model: nn.Module, dataloader: Any, args: Any) -> Optional[list[Any]]:
+    """Batches of training data for adapters that prune by what layers see, in the middle of training.
+
+    Args:
+        model, dataloader, args: see [`calibrate_on_training_data`].
+
+    Returns:
+        `list`, *optional*: as many examples as the adapters' `num_samples`; `None` if none of them needs any.
+    """
+    needing = [
+        layers[0].config(name).num_samples
+        for name, layers in trained_adapters(model).items()
+        if layers[0].host[name].recipe.needs_activations
+    ]
+    if dataloader is None or not needing:
+        return None
+    with _random_numbers_kept():
+        return first_examples(_examples(dataloader, max(needing), args), max(needing))
 
 
 def _examples(dataloader: Any, number: int, args: Any) -> DataLoader:

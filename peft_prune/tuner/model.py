@@ -115,6 +115,7 @@ class PruningModel(BaseTuner):
         """Every module that will be pruned, by name: the layer that is there, or one that could take its place."""
         targets: dict[str, PruningLayer] = {}
         inside: tuple[str, ...] = ()
+        sees_inputs = config.recipe().needs_activations
         parents = parents_of_modules(model)
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
@@ -124,6 +125,8 @@ class PruningModel(BaseTuner):
             if not self._check_target_module_exists(config, name):
                 continue
             targets[name] = module if self._is_own(module) else self._layer_for(module, name)
+            if sees_inputs and not targets[name].columns_are_inputs:
+                raise refuse(module, name, LAYER_CLASSES)
             check_place(model, name, parents[id(module)])
         return targets
 

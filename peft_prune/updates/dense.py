@@ -40,6 +40,13 @@ class Dense(StoredValues):
         held = layer.held("update")
         return held[name] if name in held and name in layer.progress else None
 
+    def settle(self, layer: Any, name: str, values: Optional[torch.Tensor]) -> None:
+        """Train on from new values of the weights that stay."""
+        if values is not None and name in layer.held("update"):
+            update = layer.held("update")[name]
+            with torch.no_grad():
+                update.copy_(torch.where(layer.get_mask(name), values - layer.matrix.detach().float(), update))
+
     def delta(self, layer: Any, name: str) -> torch.Tensor:
         """`U`; of a final adapter the difference of the kept values from the base weight."""
         addend = self.addend(layer, name)
