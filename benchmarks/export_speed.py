@@ -1,4 +1,4 @@
-"""Tokens per second of smaller language models over the dense one, in Transformers, onnxruntime and llama.cpp.
+"""Tokens per second of smaller language models over the dense one, in Transformers and onnxruntime, in one run.
 
     python benchmarks/export_speed.py
     python benchmarks/export_speed.py --table
@@ -6,16 +6,13 @@
 SmolLM2-135M with 80 and 60 % of its FLOPs, with shapes "free" and "uniform" (neurons in multiples of 64). Prefill: a
 prompt of 512 tokens. Decode: single tokens after it, with a cache of keys and values. One engine after the other; in
 each, rounds take all models in turn, and of each model the median counts. CPU time on one thread. Every model is made
-as for use: calibrated, though without the repair of its weights, which changes no shape. llama.cpp, with float16
-weights, is among the engines if `llama-cpp-python` is installed; there it is also checked whether twelve tokens after a
-prompt are those of Transformers.
+as for use: calibrated, though without the repair of its weights, which changes no shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import tempfile
 import time
 import warnings
@@ -34,12 +31,11 @@ from scaffold import FOLDER, append, cpu_name, environment, make_parser, markdow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_prune import StructuredPruningConfig, calibrate, load_compact, model_size
-from peft_prune.report import export_onnx, save_gguf
+from peft_prune.report import export_onnx
 
 
 RESULTS = FOLDER / "export_speed.jsonl"
-LLAMA_CPP = "llama.cpp"
-ENGINES = ("transformers eager", "onnxruntime", "onnxruntime int8", LLAMA_CPP)
+ENGINES = ("transformers eager", "onnxruntime", "onnxruntime int8")
 INT8 = {"per_channel": True, "op_types_to_quantize": ["MatMul"]}
 SETTINGS = [(1.0, "free", 1), *((keep, *how) for keep in (0.8, 0.6) for how in (("free", 1), ("uniform", 64)))]
 Step = Callable[[np.ndarray, Any], Any]  # new tokens (1, n) and the past, `None` at first: the new past
@@ -64,17 +60,12 @@ def make_models(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
             model = peft_model.merge_and_unload().eval()
         place = folder / str(number)
         model.save_pretrained(place)
-        rows[number:] = [{"keep": keep, "shapes": shapes, "multiple_of": multiple}]
-        if LLAMA_CPP in args.engines:
-            save_gguf(model, place / "model.gguf", AutoTokenizer.from_pretrained(path))
-            rows[number]["same_tokens_in_llama_cpp"] = same_tokens(model, place / "model.gguf", tokens[:64])
         export_onnx(model, place / "model.onnx", use_cache=True)
         if "onnxruntime int8" in args.engines:
             quantize_dynamic(place / "model.onnx", place / "int8.onnx", weight_type=QuantType.QInt8, **INT8)
         size = model_size(model, LENGTH)
-        files = [*place.glob("*.onnx"), *place.glob("*.gguf")]
-        rows[-1] |= {"parameters": size.parameters, "macs": size.macs}
-        rows[-1] |= {"bytes": {file.name: file.stat().st_size for file in files}}
+        rows.append({"keep": keep, "shapes": shapes, "multiple_of": multiple, "parameters": size.parameters})
+        rows[-1] |= {"macs": size.macs, "bytes": {file.name: file.stat().st_size for file in place.glob("*.onnx")}}
         print(rows[-1], flush=True)
     return rows
 
@@ -105,36 +96,9 @@ def in_onnxruntime(path: Path) -> Step:
     return step
 
 
-def llama_cpp_model(path: Path) -> Any:
-    import llama_cpp
-
-    return llama_cpp.Llama(str(path), n_ctx=2 * LENGTH, n_batch=LENGTH, n_threads=1, n_threads_batch=1, verbose=False)
-
-
-def in_llama_cpp(path: Path) -> Step:
-    model = llama_cpp_model(path)
-
-    def step(ids: np.ndarray, past: Any) -> Any:
-        if past is None:
-            model.reset()
-        model.eval(ids[0].tolist())
-        return model
-
-    return step
-
-
-def same_tokens(model: Any, path: Path, prompt: torch.Tensor) -> int:
-    """How many of twelve tokens after a prompt, the most likely each time, are the same in llama.cpp."""
-    ours = model.generate(prompt[None], max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-    theirs = llama_cpp_model(path).generate(prompt.tolist(), temp=0.0, repeat_penalty=1.0)
-    return sum(a == b for a, b in zip(ours, theirs, strict=False))
-
-
 def make_step(engine: str, folder: Path, keep: float) -> Step:
     if engine == "transformers eager":
         return in_transformers(folder, keep)
-    if engine == LLAMA_CPP:
-        return in_llama_cpp(folder / "model.gguf")
     return in_onnxruntime(folder / ("int8.onnx" if engine.endswith("int8") else "model.onnx"))
 
 
@@ -185,15 +149,10 @@ def table(path: Path) -> str:
     return markdown(["engine", "FLOPs kept", "M parameters", "prefill, tokens/s", "decode, tokens/s"], lines)
 
 
-def installed() -> list[str]:
-    found = importlib.util.find_spec("llama_cpp") is not None
-    return [engine for engine in ENGINES if engine != LLAMA_CPP or found]
-
-
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     parser = make_parser(__doc__, RESULTS, table=True)
-    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=installed())
+    parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=LENGTH, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=32, help="tokens after it")
