@@ -50,14 +50,16 @@ class MovementPruningConfig(TrainedConfig):
             `"hard"`: the weights of each matrix with the largest learned scores stay, as many as `sparsity` says.
             `"soft"`: those of all matrices whose score is above one threshold. `"l0"`: gates with noise, whose
             probability is penalised. `"magnitude"`: the weights with the largest magnitude stay, recomputed as they
-            are trained. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper; `"soft"` can be given
-            `sparsity` instead, and has its threshold moved to where it is reached.
+            are trained. `"sparsegpt"`: in three stages those weights go without which the layers' outputs change least
+            on `num_samples` examples of the training data, and those that stay are given new values that make up for
+            it; no scores are learned. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper;
+            `"soft"` can be given `sparsity` instead, and has its threshold moved to where it is reached.
         preset (`str`):
             `"paper"`: fields that are left out are the paper's, and `"soft"` accepts no `sparsity`. `"auto"`: where
             `sparsity` decides, scores start at `|W| / std(W)` and not at 0, and the sparsity is final after 70 % of
             training and not 80 %, so that a few hundred steps learn something.
         score (`str`, *optional*):
-            `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]); or `"magnitude"`.
+            `"movement"`, learned; `"low_rank"`, learned as factors (see [`SMPConfig`]), `"magnitude"` or `"sparsegpt"`.
         mask (`str`, *optional*):
             `"topk"`, `"threshold"` or `"l0"`: how scores become a mask.
         threshold (`float`):
@@ -89,9 +91,9 @@ class MovementPruningConfig(TrainedConfig):
         ```
     """
 
-    variant: str = field(default="hard", metadata={"help": "'hard', 'soft', 'l0' or 'magnitude'."})
+    variant: str = field(default="hard", metadata={"help": "'hard', 'soft', 'l0', 'magnitude' or 'sparsegpt'."})
     preset: str = field(default="auto", metadata={"help": "'auto' or 'paper'."})
-    score: Optional[str] = field(default=None, metadata={"help": "'movement', 'low_rank' or 'magnitude'."})
+    score: Optional[str] = field(default=None, metadata={"help": "'movement', 'low_rank', 'magnitude' or 'sparsegpt'."})
     mask: Optional[str] = field(default=None, metadata={"help": "'topk', 'threshold' or 'l0'."})
     threshold: float = field(
         default=PAPERS_THRESHOLD, metadata={"help": "Threshold of sigmoid(S) for mask='threshold'."}

@@ -26,6 +26,7 @@ _SHOWN: dict[str, tuple[dict[str, Any], ...]] = {
         {"variant": "soft"},
         {"variant": "l0"},
         {"variant": "magnitude"},
+        {"variant": "sparsegpt"},
         {"update": "low_rank"},
         {"from_existing_zeros": True},
     ),
