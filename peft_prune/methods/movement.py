@@ -30,7 +30,7 @@ from ..updates.base import Keep, Update
 from ..updates.dense import Dense
 from ..updates.low_rank import LowRank
 from .movement_checks import check_combination, check_in_stages, check_start
-from .movement_variants import FEW_STEPS, MASKS, PAPERS_THRESHOLD, SCHEDULE, SCORES, STAGES, VARIANTS
+from .movement_variants import COMMON, FEW_STEPS, MASKS, PAPERS_THRESHOLD, SCORES, STAGES, VARIANTS
 
 
 UPDATES = ("full", "low_rank", "none")
@@ -113,6 +113,7 @@ class MovementPruningConfig(TrainedConfig):
         "Share of training at which sparsity begins to grow."
     )
     schedule_end: Optional[float] = by_preset("Share of training at which sparsity is final.")  # type: ignore[assignment]
+    num_samples: Optional[int] = by_preset("Number of examples of the training data that are looked at.")  # type: ignore[assignment]
 
     def __post_init__(self, density=None):
         check_choice("variant", self.variant, tuple(VARIANTS))
@@ -122,11 +123,13 @@ class MovementPruningConfig(TrainedConfig):
         check_number("lora_alpha", self.lora_alpha, 0.0, 1e9, "LoRA's usual choice is r or 2r.")
         check_preset(self, {"paper": None})
         asked = self.penalty
-        paper = VARIANTS[self.variant] | SCHEDULE
+        paper = COMMON | VARIANTS[self.variant]
         fill_in(self, {name: paper[name] for name in ("score", "mask")})
         check_choice("score", self.score, SCORES)
         check_choice("mask", self.mask, MASKS)
-        told = self.moves_threshold(density) or (self.preset == "auto" and self.mask == "topk")
+        told = self.moves_threshold(density) or (
+            self.preset == "auto" and self.mask == "topk" and self.score != "sparsegpt"
+        )
         fill_in(self, paper | (FEW_STEPS[str(self.mask)] if told else {}))
         check_choice("update", self.update, UPDATES)
         check_choice("value_dtype", self.value_dtype, tuple(VALUE_DTYPES))
