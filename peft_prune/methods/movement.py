@@ -170,7 +170,8 @@ class MovementPruningConfig(TrainedConfig):
 
     def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:
         """Also a learning rate that does not suit the update, and a penalty that removes nothing or everything."""
-        found = super().doubts(total_steps, learning_rate, decays)
+        in_few_steps = self.score == "sparsegpt"
+        found = [] if in_few_steps else super().doubts(total_steps, learning_rate, decays)
         if self.update == "full":
             found += doubts.of_rate("learning_rate", learning_rate, doubts.WEIGHT_LR, "weights that are fine-tuned")
         if self.update == "low_rank":
