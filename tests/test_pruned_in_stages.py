@@ -173,6 +173,12 @@ def test_a_trainer_that_is_resumed_goes_on_with_the_same_masks(tmp_path):
         torch.testing.assert_close(tensor, resumed[name], atol=1e-6, rtol=1e-5)
 
 
+def test_rows_that_cannot_keep_the_share_asked_for_are_told():
+    model = trained(bert(sparsity=0.95), STEPS)  # of 32 weights in a row 2 stay
+    with pytest.warns(UserWarning, match=r"at sparsity 0\.9\d*, not at the 0\.9500 .*a whole number"):
+        finalize(model)
+
+
 def test_by_hand_and_on_a_language_model():
     config = MovementPruningConfig(task_type="CAUSAL_LM", variant="sparsegpt", sparsity=0.75, num_samples=32)
     model = get_peft_model(make_llama(initializer_range=0.2), config)

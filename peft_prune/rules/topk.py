@@ -123,6 +123,10 @@ class TopKOnce(Rule):
         """Share of a layer's units that stays."""
         return 1.0 - self.share * layer.target_sparsity(name)
 
+    def why_missed(self) -> str:
+        """Groups are what competes: rows, matrices, or n of m."""
+        return "each group of units that compete keeps a whole number of them. Ask for what can be reached"
+
     @property
     def label(self) -> str:  # type: ignore[override]
         """In words."""

@@ -106,7 +106,7 @@ def tell_sparsity(name: str, layers: list[PruningLayer], config: PruningConfig) 
     elif scheduled:
         why = layers[0].host[name].recipe.rule.why_missed() or unreachable(config)
     else:
-        why = "each group of units that compete keeps a whole number of them. Ask for what can be reached"
+        why = layers[0].host[name].recipe.rule.why_missed() or "only whole units are kept. Ask for what can be reached"
     warnings.warn(
         f"Adapter {name!r} is finalized at sparsity {reached:.4f}, not at the {wanted:.4f} asked for: {why}.",
         UserWarning,
