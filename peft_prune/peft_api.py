@@ -40,6 +40,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "PeftConfigMixin",
     "PeftType",
+    "base_of",
     "check_adapters_to_merge",
     "extend_peft_type",
     "include_all_linear",
@@ -57,6 +58,11 @@ METHODS_WE_REPLACE: dict[tuple[type, str], str] = {
     (BaseTuner, "merge_adapter"): "merges the outer of two nested adapters first",
     (BaseTuner, "_unload_and_optionally_merge"): "unloads the inner of two nested adapters without merging it",
 }
+
+
+def base_of(model: Any) -> Any:
+    """The model that a `PeftModel` wraps, adapters included; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def replace_method(owner: type, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:

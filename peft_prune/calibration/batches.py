@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 import torch
-from peft import PeftModel
 from torch import nn
 
+from ..peft_api import base_of
 from .checks import check_text
 
 
@@ -20,7 +20,7 @@ def model_inputs(model: nn.Module, batch: Any, device: torch.device) -> dict[str
             f"calibrate needs batches that are mappings, such as {{'input_ids': ..., 'attention_mask': ...}}, but the "
             f"batches gave a {type(batch).__name__}. Use a collate_fn, for instance DataCollatorWithPadding."
         )
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     parameters = inspect.signature(base.forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and len(parameters) <= 2
     config = getattr(base, "config", None)

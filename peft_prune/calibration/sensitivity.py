@@ -17,11 +17,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.utils.logging import tqdm
 
+from ..peft_api import base_of
 from .calls import hidden_states
 from .observers import Counts
 from .place import device_of
@@ -117,7 +117,7 @@ def _outputs(watched: Watched) -> Iterator[dict[str, list[torch.Tensor]]]:
 @contextmanager
 def _last_states(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Hidden states that the body of a Transformers model puts out while the context lasts; none of other models."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = base_of(model)
     body = getattr(inner, "base_model", None)
     noted: list[torch.Tensor] = []
     if not isinstance(body, nn.Module):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Optional
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..layers.layer import PruningLayer
 from ..names import module_kind
+from ..peft_api import base_of
 from ..structure.shrink import removable_units
 from ..structure.sites import find_sites, linear_matrix
 from .summary import common_prefix, pruned_layers
@@ -62,7 +62,7 @@ def units_alive(model: nn.Module, adapter_name: Optional[str] = None) -> list[Un
         matrix = linear_matrix(module).detach()
         return pruned[module].adapted(adapter_name, matrix) if module in pruned else matrix
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     sites = find_sites(base)
     kinds = [module_kind(site.key) for site in sites]
     common = common_prefix(kinds)

@@ -11,12 +11,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..peft_api import base_of
 from .distillation import distillation_loss
 from .teacher import as_base
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -27,10 +24,10 @@ def _divides_by_item_count(model: Any) -> bool:
     """Whether the loss of a model is divided by the number of items that it is told."""
     heads = ("ForSequenceClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
     configs = getattr(model, "peft_config", {}).values()
-    if type(_base(model)).__name__.endswith(heads) or any(getattr(config, "verbalizer", None) for config in configs):
+    if type(base_of(model)).__name__.endswith(heads) or any(getattr(config, "verbalizer", None) for config in configs):
         return False
     try:
-        source = inspect.getsource(type(_base(model)).forward)
+        source = inspect.getsource(type(base_of(model)).forward)
     except (OSError, TypeError):  # a class made at run time
         return True
     return "loss_function" in source or "num_items_in_batch" in source
@@ -120,7 +117,7 @@ class DistillationTrainer(Trainer):
 
     def _needs_labels(self) -> bool:
         """Whether a forward pass makes decoder inputs of the labels."""
-        return bool(getattr(getattr(_base(self.model), "config", None), "is_encoder_decoder", False))
+        return bool(getattr(getattr(base_of(self.model), "config", None), "is_encoder_decoder", False))
 
     def _answers(self, inputs: dict[str, Any]) -> Any:
         """The teacher's output."""
@@ -140,7 +137,7 @@ class DistillationTrainer(Trainer):
     ) -> torch.Tensor:
         """Distance from the teacher, divided by what the task's loss is divided by."""
         answers = self._answers(inputs)
-        base = _base(self.accelerator.unwrap_model(self.model))
+        base = base_of(self.accelerator.unwrap_model(self.model))
         if labels is not None and type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             labels = F.pad(labels[..., 1:], (0, 1), value=-100)  # each at the position that predicts it
         counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
