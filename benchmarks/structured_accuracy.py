@@ -39,13 +39,19 @@ KEPT = (0.7, 0.5, 0.3)
 STEPS = {"movies": 250, "stsb": 160}
 METHODS: dict[str, Any] = {
     "loss, repair": lambda **f: StructuredPruningConfig(criterion="loss", **f),
+    "loss, repair, more heads": lambda **f: StructuredPruningConfig(criterion="loss", lambda_ffn=5.0, **f),
     "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", **f),
     "P-pruning": lambda **f: PPruningConfig(**f),
     "P-pruning, repair": lambda **f: PPruningConfig(repair=True, **f),
     "magnitude": lambda **f: StructuredPruningConfig(criterion="magnitude", repair=False, **f),
     "random": lambda **f: StructuredPruningConfig(criterion="random", repair=False, **f),
 }
-FIRST = ("loss, repair", "P-pruning")  # which are fine-tuned after pruning, too
+FIRST = (
+    "loss, repair, more heads",
+    "loss, repair",
+    "P-pruning, repair",
+    "P-pruning",
+)  # which are fine-tuned after pruning, too
 BEFORE, AFTER = "pruned first", "pruned at the end"
 
 
@@ -97,24 +103,34 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16)
-        note("LoRA", bench.trained(get_peft_model(copy.deepcopy(bench.base), lora), 10 * args.lr))
+        if args.methods == list(METHODS):
+            note("LoRA", bench.trained(get_peft_model(copy.deepcopy(bench.base), lora), 10 * args.lr))
         for keep in KEPT:
-            for method in FIRST:
+            for method in [method for method in FIRST if method in args.methods]:
                 smaller, seconds[f"{method} {keep:.0%}"] = bench.pruned(bench.base, method, keep)
                 note(f"{BEFORE}: {method} {keep:.0%}", bench.trained(smaller, args.lr))
         note("dense", bench.trained(bench.base, args.lr))
         for keep in KEPT:
-            for method in METHODS:
+            for method in args.methods:
                 smaller, _ = bench.pruned(bench.base, method, keep)
                 note(f"{AFTER}: {method} {keep:.0%}", bench.score(smaller))
     return settings(args) | {"scores": scores, "calibration_cpu_seconds": seconds} | environment()
+
+
+def by_seed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each seed, with the scores of all runs of it."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        known = merged.setdefault(row["seed"], row | {"scores": {}})
+        known["scores"] = row["scores"] | known["scores"]
+    return list(merged.values())
 
 
 def table(path: Path) -> str:
     """A row for each way and method, a column for each share of the FLOPs: mean, and each seed's score."""
     texts = []
     for task, metric in (("movies", "accuracy"), ("stsb", "pearson")):
-        rows = [row for row in read(path) if row["task"] == task]
+        rows = by_seed([row for row in read(path) if row["task"] == task])
         if not rows:
             continue
 
@@ -137,6 +153,7 @@ if __name__ == "__main__":
     parser = make_parser(__doc__, RESULTS, table=True)
     parser.add_argument("--task", choices=list(STEPS), default="movies")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, help="of 32; by default 250 and 160")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of products in training")
