@@ -71,10 +71,10 @@ def test_float16_and_tied_embeddings(tmp_path):
     assert tensors["output_norm.weight"].dtype == np.float32 and fields["tokenizer.ggml.model"] == "no_vocab"
 
 
-@pytest.mark.parametrize("uneven", [True, False])
-def test_llama_cpp_answers_as_transformers_does(uneven, tmp_path):
+@pytest.mark.parametrize(("uneven", "layers"), [(True, 3), (False, 3), (False, 2)])
+def test_llama_cpp_answers_as_transformers_does(uneven, layers, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
-    made, ids = model(uneven), [5, 17, 99, 3, 42]
+    made, ids = model(uneven, num_hidden_layers=layers), [5, 17, 99, 3, 42]
     path = save_gguf(made, tmp_path / "model.gguf", byte_tokenizer(), "float32")
     other = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
     other.eval(ids)

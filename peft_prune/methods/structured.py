@@ -50,7 +50,8 @@ class StructuredPruningConfig(UnitsConfig):
             calibration data. The adapter then holds new values of the matrices that heads and neurons feed, not only a
             mask.
         lambda_ffn (`float`, *optional*):
-            How much more is removed from neurons than from heads; by default both are ranked in one list.
+            How much more is removed from neurons than from heads; by default both are ranked in one list. Use 5 if the
+            model is pruned before it is fine-tuned for a task, which needs heads that it hardly used before.
         min_share (`float`):
             Share of the heads and of the neurons of each layer that is always kept; at least one is.
         keep_layers (`int`, *optional*):
