@@ -72,7 +72,7 @@ def recover(
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, weight_decay=0.0,
         warmup_steps=steps // 10, save_steps=max(1, steps // 6), save_total_limit=1, report_to="none",
-        logging_steps=max(1, steps // 12), seed=seed, bf16=bf16, use_cpu=not torch.cuda.is_available(),
+        logging_steps=max(1, steps // 12), seed=seed, bf16=bf16, use_cpu=bf16 and not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = DistillationTrainer(
         model=get_peft_model(model, lora),
