@@ -46,12 +46,8 @@ METHODS: dict[str, Any] = {
     "magnitude": lambda **f: StructuredPruningConfig(criterion="magnitude", repair=False, **f),
     "random": lambda **f: StructuredPruningConfig(criterion="random", repair=False, **f),
 }
-FIRST = (
-    "loss, repair, more heads",
-    "loss, repair",
-    "P-pruning, repair",
-    "P-pruning",
-)  # which are fine-tuned after pruning, too
+# which are fine-tuned after pruning, too
+FIRST = ("loss, repair, more heads", "loss, repair", "P-pruning, repair", "P-pruning")
 BEFORE, AFTER = "pruned first", "pruned at the end"
 
 

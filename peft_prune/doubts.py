@@ -28,7 +28,7 @@ def of_steps(sparsity: Optional[float], total_steps: int) -> list[str]:
         return []
     return [
         f"total_steps={total_steps} is likely too few for sparsity={sparsity:g}: within {FEW_STEPS} steps at "
-        f"{HIGH_SPARSITY:g} this method learned some tasks and failed on others. Use "
+        f"{HIGH_SPARSITY:g} methods of this kind learned some tasks and failed on others. Use "
         "MovementPruningConfig(variant='sparsegpt'), which is made for few steps, train for longer, or lower the "
         "sparsity."
     ]

@@ -173,6 +173,16 @@ def test_a_trainer_that_is_resumed_goes_on_with_the_same_masks(tmp_path):
         torch.testing.assert_close(tensor, resumed[name], atol=1e-6, rtol=1e-5)
 
 
+def test_what_was_pruned_by_hand_is_not_taken_back_by_a_stage():
+    model = bert(schedule_start=0.0, schedule_end=0.9)
+    assert prune_once(model, batches=batches()) == pytest.approx(0.5, abs=0.01)
+    for number in range(STEPS + 1):
+        update_schedule(model, number, batches=batches())
+        assert sparsity(model) == pytest.approx(0.5, abs=0.01)
+        kept = sum(int(layer.get_mask("default").sum()) for layer in pruning_layers(model))
+        assert kept <= 0.51 * sum(layer.weight.numel() for layer in pruning_layers(model))
+
+
 def test_rows_that_cannot_keep_the_share_asked_for_are_told():
     model = trained(bert(sparsity=0.95), STEPS)  # of 32 weights in a row 2 stay
     with pytest.warns(UserWarning, match=r"at sparsity 0\.9\d*, not at the 0\.9500 .*a whole number"):
@@ -192,6 +202,11 @@ def test_what_cannot_work_is_told_before_the_first_step():
     for given, match in ((None, "no batches"), (iter(batches()), "can be read once only")):
         with pytest.raises(ValueError, match=f"update_schedule: .*{match}.*PruningTrainer"):
             update_schedule(model, 0, batches=given)
+    for given, match in (([], "is empty"), ([{"text": "a"}], "entries .'text'. is a tensor"), ([1], "mappings")):
+        with pytest.raises(ValueError, match=match):
+            update_schedule(model, 0, batches=given)
+    with pytest.raises(ValueError, match=r"update_schedule: batches is a single batch .*'input_ids'.*batches=.batch"):
+        update_schedule(model, 0, batches=batches()[0])
     with pytest.raises(ValueError, match=r"prune_once: .*no batches"):
         prune_once(model)
     for fields, match in (

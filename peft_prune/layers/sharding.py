@@ -51,14 +51,16 @@ def agreed(choice: Any) -> Any:
     return choices[0]
 
 
-def refuse_sharded(layers: Sequence[Any], what: str) -> None:
+_BEFORE = "Call it before the model is prepared for training, or on one that is loaded in one process."
+
+
+def refuse_sharded(layers: Sequence[Any], what: str, fix: str = _BEFORE) -> None:
     """Raise `ValueError` if base weights are split among processes, where `what` needs them whole."""
     for layer in layers:
         weight = layer.weight
         if weight.dim() != 2 or hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
             raise ValueError(
-                f"{what}: the weight of {layer.module_name!r} is split among processes (FSDP or ZeRO-3). Call it "
-                "before the model is prepared for training, or on one that is loaded in one process."
+                f"{what}: the weight of {layer.module_name!r} is split among processes (FSDP or ZeRO-3). {fix}"
             )
 
 

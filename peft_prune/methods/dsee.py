@@ -15,7 +15,7 @@ from ..matching import is_target
 from ..presets import by_preset, check_preset, fill_in
 from ..recipe import Moment, Recipe
 from ..rules.smallest import Smallest
-from ..selection.curve import Schedule, share_of
+from ..selection.curve import Schedule, step_at
 from ..tuner.registration import register_method
 from ..updates.low_rank import LowRank
 from ..updates.support import SUPPORTS
@@ -160,11 +160,11 @@ class DSEEConfig(PruningConfig):
 
     def final_step(self, total_steps: int) -> int:
         """Optimizer step at which all has been pruned."""
-        return share_of(float(self.prune_at or 0.0), total_steps)
+        return step_at(float(self.prune_at or 0.0), total_steps)
 
     def stages(self, total_steps: int) -> dict[int, float]:
         """Optimizer steps at which it is pruned, and the share of the sparsity that is reached at each: 1 at last."""
-        first, last = (share_of(float(share or 0.0), total_steps) for share in (self.prune_from, self.prune_at))
+        first, last = (step_at(float(share or 0.0), total_steps) for share in (self.prune_from, self.prune_at))
         return Schedule(0.0, 1.0, first / total_steps, last / total_steps).stages(total_steps, STAGES)
 
     def doubts(self, total_steps: int, learning_rate: Optional[float] = None, decays: bool = True) -> list[str]:

@@ -50,9 +50,9 @@ class MovementPruningConfig(TrainedConfig):
             `"hard"`: the weights of each matrix with the largest learned scores stay, as many as `sparsity` says.
             `"soft"`: those of all matrices whose score is above one threshold. `"l0"`: gates with noise, whose
             probability is penalised. `"magnitude"`: the weights with the largest magnitude stay, recomputed as they
-            are trained. `"sparsegpt"`: in three stages those weights go without which the layers' outputs change least
-            on `num_samples` examples of the training data, and those that stay are given new values that make up for
-            it; no scores are learned. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper;
+            are trained. `"sparsegpt"`: in three stages of training, removes the weights that change the layers' outputs
+            least on `num_samples` examples of the training data, and gives the kept weights new values that make up
+            for them; no scores are learned. Of `"soft"` and `"l0"` `penalty` decides how many stay, as in the paper;
             `"soft"` can be given `sparsity` instead, and has its threshold moved to where it is reached.
         preset (`str`):
             `"paper"`: fields that are left out are the paper's, and `"soft"` accepts no `sparsity`. `"auto"`: where

@@ -52,14 +52,14 @@ class Schedule:
         Returns:
             `dict[int, float]`: value by step, in order; the last is `final`.
         """
-        first = last = share_of(self.start, total_steps)
+        first = last = step_at(self.start, total_steps)
         if self.curve != "constant":
-            last = share_of(self.end, total_steps)
+            last = step_at(self.end, total_steps)
         number = min(number, last - first)
         steps = (first + math.ceil(stage * (last - first) / number) for stage in range(1, number))
         return {step: self.at(step, total_steps) for step in steps} | {last: self.final}
 
 
-def share_of(share: float, total_steps: int) -> int:
+def step_at(share: float, total_steps: int) -> int:
     """The first optimizer step at which a share of training is done."""
     return math.ceil(round(share * total_steps, 6))  # 0.55 of 100 is 55, not the next above 55.000…01

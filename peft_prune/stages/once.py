@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Optional, Protocol, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..calibration.batches import model_inputs
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping, refuse_sharded
 from ..recipe import Moment
 from ..rules.base import Rule
 from .calibration_run import CalibrationRun
 from .layer_by_layer import choose_layer_by_layer
-from .sparsity_reached import sparsity
+from .sparsity_reached import asked_sparsity, sparsity
 from .taken_back import taken_back_on_error
 
 
@@ -67,6 +68,9 @@ def prune_partly(
     recipe = layers[0].host[name].recipe
     rule = cast(_InStages, recipe.rule).partly(share)
     if recipe.needs_activations:
+        asked = asked_sparsity(name, layers)
+        if share < 1.0 and asked is not None and sparsity(layers, name) > share * asked:
+            return  # more was pruned by hand
         _calibrate_partly(CalibrationRun.of(_unwrapped(model), name, layers, batches, None), rule)
         return
     masks = rule.choose_all(_unwrapped(model), name, layers, None)
@@ -91,13 +95,30 @@ def check_batches(name: str, layers: list[PruningLayer], batches: Optional[Itera
     """Raise `ValueError` if an adapter prunes by what layers see, and there is nothing to show them."""
     if not layers[0].host[name].recipe.needs_activations:
         return
-    refuse_sharded(layers, what)
+    refuse_sharded(layers, what, "This method needs it whole: train with DDP, ZeRO-1 or ZeRO-2, or in one process.")
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            f"{what}: batches is a single batch with the entries {list(batches)}. Pass a list of batches: "
+            f"{what}(..., batches=[batch])."
+        )
     if batches is None or isinstance(batches, Iterator):
         given = "no batches" if batches is None else f"batches={batches!r}, which can be read once only"
         raise ValueError(
             f"{what}: adapter {name!r} prunes by what its layers see, several times in a training, and was given "
             f"{given}. Use PruningTrainer, or pass a list of batches of training data: {what}(..., batches=batches)."
         )
+
+
+def check_first_batch(
+    model: nn.Module, name: str, layers: list[PruningLayer], batches: Optional[Iterable[Any]]
+) -> None:
+    """Raise `ValueError` if an adapter prunes by what layers see, and the first batch is none that the model takes."""
+    if batches is None or not layers[0].host[name].recipe.needs_activations:
+        return
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError(f"batches={batches!r} is empty. Pass a list of batches of training data.")
+    model_inputs(_unwrapped(model), first, layers[0].weight.device)
 
 
 def check_once(model: nn.Module, name: str, layers: list[PruningLayer]) -> None:

@@ -15,7 +15,7 @@ from ..importance.penalty import sigmoid_penalty
 from ..layers.layer import PruningLayer, pruning_layers
 from ..layers.sharding import check_wrapping, gathered
 from ..recipe import Moment
-from .once import check_batches, check_once, prune_partly
+from .once import check_batches, check_first_batch, check_once, prune_partly
 from .sparsity_reached import sparsity
 from .start import check_started
 
@@ -168,6 +168,7 @@ def _at_stages(model: nn.Module, name: str, layers: list[PruningLayer], at: _At)
         check_batches(name, layers, at.batches, "update_schedule")  # now, and not in the middle of training
     if before < 0:
         check_once(model, name, layers)
+        check_first_batch(model, name, layers, at.batches)
     passed = [stage for stage in stages if before < stage <= at.step]
     if passed:
         prune_partly(model, name, layers, stages[max(passed)], at.batches)
