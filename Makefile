@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
+WORKERS ?= 2
 
 .PHONY: demo demo-llm test test-quantized lint docs dist format bench peft-matrix clean
 
@@ -13,8 +14,8 @@ demo: $(VENV)/demo.stamp  ## prune a real encoder on real data; prints accuracy,
 demo-llm: $(VENV)/demo.stamp  ## prune a language model without training; prints perplexity, size, speed and text, before and after
 	$(BIN)/python examples/demo_llm.py
 
-test: $(VENV)/dev.stamp  ## run every test
-	$(BIN)/python -m pytest
+test: $(VENV)/dev.stamp  ## run every test, in two processes; WORKERS=8 for more, WORKERS=0 for one
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-quantized: $(VENV)/dev.stamp  ## tests of bases quantised by bitsandbytes and torchao, which it installs
 	$(PIP) install -q -c constraints.txt -e '.[quantized]'

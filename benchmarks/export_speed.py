@@ -1,14 +1,15 @@
 """Tokens per second of smaller language models over the dense one, in several engines, in one run.
 
     python benchmarks/export_speed.py --peer-python peer/bin/python   # without it, llama.cpp is left out
+    python benchmarks/export_speed.py --peer-python peer/bin/python --engines "llama.cpp float16" --shapes "free, 32"
     python benchmarks/export_speed.py --table
 
-SmolLM2-135M with 80 and 60 % of its FLOPs: with shapes "free" and "uniform" (neurons in multiples of 64), and without
-whole layers. Prefill: a prompt of 512 tokens. Decode: single tokens after it, with a cache of keys and values. One
-engine after the other; in each, rounds take all models in turn, and of each model the median counts. Wall time, so
-leave the machine alone. Every model is made as for use: calibrated, though without the repair of its weights, which
-changes no shape. Matrices are float32, but int8 where an engine is called so, and float16 in llama.cpp, which has an
-environment of its own (see `gguf_peer.py`).
+SmolLM2-135M with 80 and 60 % of its FLOPs: with shapes "free", the same with neurons in multiples of 32, "uniform" with
+neurons in multiples of 64, and without whole layers. Prefill: a prompt of 512 tokens. Decode: single tokens after it,
+with a cache of keys and values. One engine after the other; in each, rounds take all models in turn, and of each model
+the median counts. Wall time, so leave the machine alone. Every model is made as for use: calibrated, though without the
+repair of its weights, which changes no shape. Matrices are float32, but int8 where an engine is called so, and float16
+in llama.cpp, which has an environment of its own (see `gguf_peer.py`).
 """
 
 from __future__ import annotations
@@ -42,8 +43,7 @@ LLAMA_CPP = "llama.cpp float16"
 ENGINES = ("transformers eager", "onnxruntime", "onnxruntime int8", LLAMA_CPP)
 INT8 = {"per_channel": True, "op_types_to_quantize": ["MatMul"]}
 LAYERS = 30
-KEPT, SHAPES = (0.8, 0.6), ("free", "uniform", "fewer layers")
-SETTINGS = [(1.0, "free"), *((keep, shapes) for keep in KEPT for shapes in SHAPES)]
+KEPT, SHAPES = (0.8, 0.6), {"free": 1, "free, 32": 32, "uniform": 64, "fewer layers": 1}  # multiples of neurons
 Step = Callable[[np.ndarray, Any], Any]  # new tokens (1, n) and the past, `None` at first: the new past
 
 
@@ -53,8 +53,7 @@ def config_of(keep: float, shapes: str, samples: int) -> StructuredPruningConfig
         return StructuredPruningConfig(
             keep_layers=round(keep * LAYERS), layer_criterion="influence", keep_ratio=1.0, **how
         )
-    multiple_of = 64 if shapes == "uniform" else 1
-    return StructuredPruningConfig(keep_ratio=keep, shapes=shapes, multiple_of=multiple_of, **how)
+    return StructuredPruningConfig(keep_ratio=keep, shapes=shapes.partition(",")[0], multiple_of=SHAPES[shapes], **how)
 
 
 def make_models(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -63,7 +62,9 @@ def make_models(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     path = smollm2_path()
     tokens = as_tokens(AutoTokenizer.from_pretrained(path), wikitext_2("train")[:100_000])
     batches = [{"input_ids": row[None]} for row in tokens[: args.calibration * LENGTH].split(LENGTH)]
-    for number, (keep, shapes) in enumerate(SETTINGS):
+    for number, (keep, shapes) in enumerate(
+        [(1.0, "free"), *((keep, shapes) for keep in KEPT for shapes in args.shapes)]
+    ):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         if keep < 1:
             model = get_peft_model(model, config_of(keep, shapes, len(batches)))
@@ -166,15 +167,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> str:
-    """Of the last run: tokens per second, and how many times faster than the dense model in the same engine."""
+    """Tokens per second, and how many times faster than the dense model in the same run."""
     rows = read(path)
-    rows = [row for row in rows if row["run"] == rows[-1]["run"]]
     counts = sorted({row["threads"] for row in rows})
     cells: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        same = [other for other in rows if all(other[k] == row[k] for k in ("engine", "threads"))]
+    for row in sorted(rows, key=lambda row: (ENGINES.index(row["engine"]), -row["keep"], row["shapes"])):
+        same = [other for other in rows if all(other[k] == row[k] for k in ("engine", "threads", "run"))]
         dense = next(other for other in same if other["keep"] == 1)
-        what = "dense" if row["keep"] == 1 else f"{row['keep']:.0%}, {row['shapes']}"
+        what = f"dense, {row['run']}" if row["keep"] == 1 else f"{row['keep']:.0%}, {row['shapes']}"
         line = cells.setdefault((row["engine"], what, f"{row['parameters'] / 1e6:.1f}"), [])
         line.append(f"{row['prompt'] / row['prefill']:.0f} ({dense['prefill'] / row['prefill']:.2f})")
         line.append(f"{1 / row['decode']:.1f} ({dense['decode'] / row['decode']:.2f})")
@@ -186,6 +186,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     parser = make_parser(__doc__, RESULTS, table=True)
     parser.add_argument("--engines", nargs="*", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=LENGTH, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=32, help="tokens after it")

@@ -36,6 +36,7 @@ METHODS: dict[str, Any] = {
     "loss, repair, uniform": lambda **f: StructuredPruningConfig(shapes="uniform", **f),
     "loss, repair, uniform, neurons only": lambda **f: StructuredPruningConfig(shapes="uniform", lambda_ffn=1e6, **f),
     "loss, repair, uniform 64": lambda **f: StructuredPruningConfig(shapes="uniform", multiple_of=64, **f),
+    "loss, repair, multiples of 32": lambda **f: StructuredPruningConfig(multiple_of=32, **f),
     "loss": lambda **f: StructuredPruningConfig(criterion="loss", repair=False, **f),
     "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", **f),
     "activation": lambda **f: StructuredPruningConfig(criterion="activation", repair=False, **f),
@@ -108,10 +109,11 @@ def table(path: Path) -> str:
     """Mean over calibration seeds, in brackets their number; ratios to dense; CPU seconds and memory of calibration."""
     rows = read(path)
     dense = next(row for row in rows if row["method"] == "dense")
-    kinds: dict[tuple[float, str, str], list[dict]] = {}
+    kinds: dict[tuple[float, str, str], list[dict]] = {}  # share kept, what was calibrated on, method
     for row in rows:
         if row["method"] != "dense":
-            kinds.setdefault((-row["keep"], row["text"], row["method"]), []).append(row)
+            text = f"{row['text']}, {row['calibration']} windows"
+            kinds.setdefault((-row["keep"], text, row["method"]), []).append(row)
     ordered = sorted(kinds.items(), key=lambda kind: (*kind[0][:2], mean([row["perplexity"] for row in kind[1]])))
     cells = [
         [

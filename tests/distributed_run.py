@@ -51,13 +51,14 @@ CONFIGS = {
     "zeros": lambda: MovementPruningConfig(from_existing_zeros=True, task_type="SEQ_CLS"),
     "low-rank": lambda: SMPConfig(**SPARSE, allocation="score", score="low_rank", score_rank=3, mask_interval=2),
     "start": lambda: SMPConfig(**SPARSE, allocation="row", score_init="wanda", num_samples=24),
+    "stages": lambda: MovementPruningConfig(**SPARSE, variant="sparsegpt", num_samples=24),
     "dsee": lambda: DSEEConfig(task_type="SEQ_CLS", sparsity=0.5, prune_at=0.5, **SMALL),
     "dsee-units": lambda: DSEEConfig(task_type="SEQ_CLS", heads_to_prune=1, neuron_sparsity=0.25, **SMALL),
 }
 # one for each way in which a mask is found
-SHORT = ("local", "score", "soft", "magnitude", "zeros", "low-rank", "start", "dsee-units")
-# calibrated by the trainer, when FSDP and DeepSpeed have split the weights already
-WHOLE = ("start",)
+SHORT = ("local", "score", "soft", "magnitude", "zeros", "low-rank", "start", "stages", "dsee-units")
+# look at training data once FSDP and DeepSpeed have split the weights: refused
+WHOLE = ("start", "stages")
 BLOCKS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
 STRATEGIES = ("ddp", "fsdp", *(("zero2", "zero3") if importlib.util.find_spec("deepspeed") else ()))
 REFUSED = {
