@@ -1,5 +1,7 @@
 """GGUF files, read back by the package `gguf`, and run by llama.cpp where that is installed."""
 
+import warnings
+
 import gguf
 import numpy as np
 import pytest
@@ -81,6 +83,14 @@ def test_llama_cpp_answers_as_transformers_does(uneven, layers, tmp_path):
     with torch.no_grad():
         expected = made(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(torch.tensor(other.scores[: len(ids)]), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_widths_that_llama_cpp_cannot_quantise_are_told(tmp_path):
+    with pytest.warns(UserWarning, match="2 of 3 layers.*multiple of 32, such as 40.*multiple_of=32"):
+        save_gguf(model(), tmp_path / "odd.gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        save_gguf(model(uneven=False), tmp_path / "even.gguf")
 
 
 def test_what_has_no_such_form_is_told(tmp_path):

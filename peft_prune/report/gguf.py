@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -18,6 +19,7 @@ from ..structure.sites import HEADS, find_sites
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 _FAMILY = ("llama", "mistral")
+_BLOCK = 32  # numbers that llama.cpp quantises, and multiplies, at once
 # how llama.cpp calls what splits a text before byte-level BPE, by what the tokenizer's own file says
 _SPLITS = {
     ("ByteLevel",): "gpt-2",
@@ -40,7 +42,9 @@ def save_gguf(
     """Write a model as a GGUF file: as `llama` where all layers are alike, otherwise as `deci`.
 
     llama.cpp reads heads, key/value heads and neurons of each layer for the architecture `deci` (Nemotron's), which
-    computes the same as `llama` otherwise. llama.cpp's own tools quantise the file further.
+    computes the same as `llama` otherwise. llama.cpp's own tools quantise the file further. It warns if layers have a
+    number of neurons that is no multiple of 32: llama.cpp reads prompts with them much more slowly, and leaves a matrix
+    of each unquantised.
 
     Args:
         model (`PreTrainedModel`): a Llama or Mistral, dense or compact, such as `merge_and_unload()` returns.
@@ -64,6 +68,7 @@ def save_gguf(
     _check(model, dtype)
     vocabulary = None if tokenizer is None else _vocabulary(tokenizer, model.config.vocab_size, pre_tokenizer)
     shapes = _Shapes(model)
+    _warn_of_odd_widths(shapes.neurons)
     arch = gguf.MODEL_ARCH.LLAMA if shapes.uniform else gguf.MODEL_ARCH.DECI
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
     _describe(writer, model, shapes, dtype)
@@ -102,6 +107,18 @@ def _check(model: PreTrainedModel, dtype: str) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise ValueError(f"save_gguf: sliding_window={window} is not supported. Only models without one are.")
+
+
+def _warn_of_odd_widths(neurons: list[int]) -> None:
+    odd = [count for count in neurons if count % _BLOCK]
+    if odd:
+        warnings.warn(
+            f"{len(odd)} of {len(neurons)} layers have a number of neurons that is no multiple of {_BLOCK}, such as "
+            f"{odd[0]}. llama.cpp reads prompts more slowly with them, and leaves the matrices that these neurons feed "
+            f"in float16 when it quantises the file. Prune with multiple_of={_BLOCK}.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class _Shapes:
