@@ -123,6 +123,15 @@ assert torch.equal(logits(merged, {"input_ids": ids}), expected)
 """
 
 
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("Wanda: a mask", "wanda"), ("(score_init=x)", "init"), ("`WandaConfig`", "wanda"), ("llama.cpp", "cpp")],
+)
+def test_the_search_of_the_site_knows_words_beside_punctuation_and_parts_of_names(text, word):
+    separator = re.search(r"separator: '(.*)'", (ROOT / "mkdocs.yml").read_text())[1]
+    assert word in [part.lower() for part in re.split(separator, text) if part]
+
+
 def test_the_new_method_of_contributing_works(tmp_path):
     """In a process of its own, since a method that is registered stays so."""
     (block,) = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
