@@ -214,6 +214,30 @@ def test_export_to_transformers(tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "small").vocab_size == tokenizer().vocab_size
 
 
+@pytest.mark.parametrize("to", ["dense", "compact"])
+def test_an_exported_folder_has_the_tokenizer(to, tmp_path, capsys, batch):
+    make_bert().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.6, criterion="random"))
+    calibrate(model)
+    model.save_pretrained(tmp_path / "adapter")
+    run(capsys, "export", tmp_path / "adapter", "--to", to, "--output", tmp_path / "out")
+    text = "a film that I liked"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == tokenizer()(text)["input_ids"]
+
+
+def test_an_export_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    make_bert().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, PPruningConfig(task_type="SEQ_CLS", keep_ratio=0.6, criterion="random"))
+    calibrate(model)  # heads go, too, which BERT's config has no place for
+    model.save_pretrained(tmp_path / "adapter")
+    folder = tmp_path / "new" / "small"
+    error = run(capsys, "export", tmp_path / "adapter", "--to", "transformers", "--output", folder, code=2).err
+    assert "save_compact" in error and not folder.exists()
+
+
 def test_export_to_gguf(tmp_path, capsys):
     gguf = pytest.importorskip("gguf")
     make_llama().save_pretrained(tmp_path / "base")

@@ -180,7 +180,7 @@ def check_smaller(model: Any, instead: str) -> None:
 
 
 def write_model(model: Any, to: str, output: str, tokenizers: list[Optional[str]]) -> str:
-    """Write a model without adapters in one of the forms of [`export`].
+    """Write a model without adapters in one of the forms of [`export`], with its tokenizer.
 
     Args:
         model (`PreTrainedModel`): the model.
@@ -191,18 +191,20 @@ def write_model(model: Any, to: str, output: str, tokenizers: list[Optional[str]
     Returns:
         `str`: what was written.
     """
-    model = model.eval()
-    Path(output).mkdir(parents=True, exist_ok=True)
-    if to == "onnx":
-        return export_onnx(model, Path(output) / "model.onnx", use_cache=can_cache(model))
-    if to in ("dense", "compact"):
-        model.save_pretrained(output)
+    model, place = model.eval(), Path(output)
+    tokenizer, written = _tokenizer(tokenizers), output
+    if to == "transformers":
+        save_standard(model, output, tokenizer)
         return output
-    tokenizer = _tokenizer(tokenizers)
-    if to == "gguf":
-        return str(save_gguf(model, Path(output) / "model.gguf", tokenizer))
-    save_standard(model, output, tokenizer)
-    return output
+    if to == "gguf":  # which has the tokenizer in it
+        return str(save_gguf(model, place / "model.gguf", tokenizer))
+    if to == "onnx":
+        written = export_onnx(model, place / "model.onnx", use_cache=can_cache(model))
+    else:
+        model.save_pretrained(output)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output)
+    return written
 
 
 def _tokenizer(sources: list[Optional[str]]) -> Any:

@@ -48,7 +48,7 @@ def save_gguf(
 
     Args:
         model (`PreTrainedModel`): a Llama or Mistral, dense or compact, such as `merge_and_unload()` returns.
-        path (`str` or `Path`): file to write.
+        path (`str` or `Path`): file to write; its folder is made if it is not there.
         tokenizer (*optional*): the model's fast tokenizer, byte-level BPE. Without one the file takes token ids only.
         dtype (`str`): of the matrices, `"float16"` or `"float32"`; norms are float32.
         pre_tokenizer (`str`, *optional*): what llama.cpp calls the tokenizer's splitting of a text, such as `"qwen2"`;
@@ -70,6 +70,7 @@ def save_gguf(
     shapes = _Shapes(model)
     _warn_of_odd_widths(shapes.neurons)
     arch = gguf.MODEL_ARCH.LLAMA if shapes.uniform else gguf.MODEL_ARCH.DECI
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
     _describe(writer, model, shapes, dtype)
     if vocabulary is None:
