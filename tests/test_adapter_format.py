@@ -38,6 +38,7 @@ def test_documented_reader_reads_our_files(tmp_path):
         (tmp_path / "half", final_adapter(tmp_path / "half", at=0.5)),
         (tmp_path / "gpt2", final_adapter(tmp_path / "gpt2", at=0.7, make=make_gpt2)),
         (tmp_path / "heads", heads_and_neurons(tmp_path / "heads")),
+        (tmp_path / "2:4", final_adapter(tmp_path / "2:4", at=None, granularity="2:4")),
     ):
         masks = dict(names["read_masks"](folder))
         layers = pruning_layers(model)
@@ -46,7 +47,7 @@ def test_documented_reader_reads_our_files(tmp_path):
             mask = torch.from_numpy(masks[layer.module_name])
             assert torch.equal(mask, layer.get_mask("default"))
             kinds.add(int(layer.mask["default"][0]))
-    assert kinds == {0, 1}  # both codes were read
+    assert kinds == {0, 1, 2}  # all codes were read
 
 
 def read(folder, method, **fields):

@@ -1,5 +1,7 @@
 """The stored form: exact on every shape and density, near the entropy bound, and damage is told."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prune import MaskFormatError
-from peft_prune.storage import entropy
+from peft_prune.storage import entropy, groups
 from peft_prune.storage.codec import (
+    VERSION,
     decode_bits,
     decode_mask,
     describe_mask,
@@ -50,7 +53,7 @@ def test_round_trip_of_both_forms(rows, columns, seed, density):
             assert (entropy.decode(coded, (rows, columns)) == mask.numpy()).all()
             info = describe_mask(stored, mask)
             assert is_mask_info(info) and info["kept"] == int(mask.sum())
-            assert torch.equal(load_mask("layer", stored, info, 2), mask)
+            assert torch.equal(load_mask("layer", stored, info, VERSION), mask)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4096), (4096, 1), (768, 3072), (17, 1000)])
@@ -94,6 +97,41 @@ def test_size_is_the_entropy_bound_for_independent_bits():
 def test_size_is_below_the_bound_where_rows_and_columns_differ():
     mask = uneven_mask(768, 768)
     assert encode_mask(mask).numel() < 0.85 * bound(mask)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize("shape", [(64, 512), (7, 8 * 9), (33, 4 * 2 * 13 + 8)])
+def test_n_of_m_takes_as_many_bits_as_there_are_groups(n, m, shape):
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(shape[0] * shape[1] // m, m, generator=generator).argsort(1) < n
+    mask = chosen.view(shape)
+    stored = encode_mask(mask)
+    choices = math.comb(m, n)
+    assert int(stored[0]) == 2 and stored.numel() <= mask.numel() / m * math.log2(choices) / 8 + 20
+    assert torch.equal(decode_mask(stored, shape), mask)
+    with pytest.raises(MaskFormatError, match="first byte, 2"):
+        decode_mask(stored, shape, version=3)
+    with pytest.raises(MaskFormatError, match="n:m code"):
+        decode_mask(stored, (shape[0], shape[1] + 1))
+    for position in range(stored.numel()):
+        altered = stored.clone()
+        altered[position] ^= 1
+        try:
+            found = decode_mask(altered, shape)
+        except MaskFormatError:
+            continue
+        assert position > 2 and (found.view(-1, m).sum(1) == n).all()  # another mask, which the checksum tells
+
+
+def test_n_of_m_whose_last_byte_is_not_full():
+    mask = torch.tensor([True, False, False, True]).repeat(3, 101)
+    mask[0] = torch.tensor([False, True, True, False]).repeat(101)
+    coded = np.frombuffer(groups.encode(mask.numpy(), 2, 4), dtype=np.uint8)
+    assert groups.pattern_of(mask.numpy()) == (1, 2) and mask.numel() % 8 == 4
+    packed = groups.decode_packed(coded, tuple(mask.shape))
+    assert torch.equal(unpack_mask(torch.from_numpy(packed), tuple(mask.shape)), mask)
+    assert groups.pattern_of(torch.ones(4, 8, dtype=torch.bool).numpy()) is None
+    assert groups.pattern_of(mask.numpy()[:, :5]) is None
 
 
 def test_frequencies_are_whole_and_complete():
@@ -162,9 +200,12 @@ def test_wrong_length_dtype_and_count_are_told():
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.binary(max_size=200), rows=st.integers(1, 30), columns=st.integers(1, 30))
-def test_arbitrary_bytes_give_a_mask_or_a_typed_error(data, rows, columns):
-    stored = torch.frombuffer(bytearray(b"\x01" + data), dtype=torch.uint8)
+@given(
+    kind=st.sampled_from([b"\x01", b"\x02", b"\x02\x01\x02", b"\x02\x02\x04"]), data=st.binary(max_size=200),
+    rows=st.integers(1, 30), columns=st.integers(1, 30),
+)  # fmt: skip
+def test_arbitrary_bytes_give_a_mask_or_a_typed_error(kind, data, rows, columns):
+    stored = torch.frombuffer(bytearray(kind + data), dtype=torch.uint8)
     try:
         mask = decode_mask(stored, (rows, columns))
     except MaskFormatError:
@@ -182,6 +223,6 @@ def test_altered_code_with_a_matching_checksum_never_gives_another_count(seed, d
     stored[position] = data.draw(st.integers(0, 255))
     info = describe_mask(stored, mask)
     try:
-        assert int(load_mask("layer", stored, info, 2).sum()) == info["kept"]
+        assert int(load_mask("layer", stored, info, VERSION).sum()) == info["kept"]
     except MaskFormatError:
         pass

@@ -50,7 +50,7 @@ BAD = [
     ({"task_type": "CLASSIFY"}, r"CLASSIFY"),
     ({"layers_pattern": "layers"}, r"layers_pattern='layers'"),
     ({"layers_to_transform": [0], "target_modules": ".*query"}, r"layers_to_transform=\[0\]"),
-    ({"mask_format": 4}, r"mask_format=4 .*pip install -U peft_prune"),
+    ({"mask_format": 5}, r"mask_format=5 .*pip install -U peft_prune"),
     ({"finalized": True}, r"finalized=True without `mask_info`"),
     ({"finalized": True, "mask_info": {"a": {"shape": [1, -2], "kept": 0, "crc32": "0"}}}, r"mask_info\['a'\]"),
     ({"finalized": True, "mask_info": {"a": {"shape": [2, 2], "kept": 5, "crc32": "0"}}}, r"mask_info\['a'\]"),

@@ -152,3 +152,18 @@ def test_misuse_is_told(tmp_path):
     make_bert().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no model of save_sparse"):
         load_sparse(tmp_path)
+
+
+@pytest.mark.parametrize(("format", "known"), [(3, True), (2, False), (99, False), ("3", False)])
+def test_files_of_the_format_before_are_read_and_others_refused(format, known, tmp_path):
+    model = sparse()  # masks without a pattern, which both formats store alike
+    save_sparse(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[SPARSE]["format"] = format
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not known:
+        with pytest.raises(ValueError, match=f"format {format!r} is not known"):
+            load_sparse(tmp_path)
+        return
+    for name, tensor in load_sparse(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])

@@ -8,15 +8,16 @@ from typing import Any, Optional
 import torch
 
 from ..selection.granularity import spread
-from . import entropy
+from . import entropy, groups
 from .bits import count_bits, pack_bits, unpack_bits
 from .fingerprint import is_fingerprint
 from .values import VALUE_DTYPES, decode_values, values_size
 
 
-VERSION = 3
-READABLE = (1, 2, 3)  # 1 has one bit a weight and nothing else, 2 no blocks
-_PLAIN, _ENTROPY = 0, 1
+VERSION = 4
+READABLE = (1, 2, 3, 4)  # 1 has one bit a weight and nothing else, 2 no blocks, 3 no code of n:m masks
+_PLAIN, _ENTROPY, _GROUPS = 0, 1, 2
+_DECODERS = {_ENTROPY: entropy.decode_packed, _GROUPS: groups.decode_packed}
 
 
 class MaskFormatError(ValueError):
@@ -59,19 +60,21 @@ def _check_packed(packed: torch.Tensor, shape: tuple[int, int]) -> None:
 
 
 def encode_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Store a mask in whatever is shorter: its entropy code, or one bit a weight.
+    """Store a mask in whatever is shortest: one bit a weight, its entropy code, or the code of its n:m pattern.
 
     Args:
         mask (`torch.Tensor`): bool, shape (out, in).
 
     Returns:
-        `torch.Tensor`: uint8, one dimension, on the device of `mask`; the first byte says which of the two it is.
+        `torch.Tensor`: uint8, one dimension, on the device of `mask`; the first byte says which of these it is.
     """
-    plain = bytes([_PLAIN]) + pack_mask(mask).cpu().numpy().tobytes()
+    codes = [bytes([_PLAIN]) + pack_mask(mask).cpu().numpy().tobytes()]
     if mask.numel():
-        coded = bytes([_ENTROPY]) + entropy.encode(mask.detach().cpu().numpy())
-        plain = min(plain, coded, key=len)
-    return torch.frombuffer(bytearray(plain), dtype=torch.uint8).to(mask.device)
+        bits = mask.detach().cpu().numpy()
+        codes.append(bytes([_ENTROPY]) + entropy.encode(bits))
+        if (pattern := groups.pattern_of(bits)) is not None:
+            codes.append(bytes([_GROUPS]) + groups.encode(bits, *pattern))
+    return torch.frombuffer(bytearray(min(codes, key=len)), dtype=torch.uint8).to(mask.device)
 
 
 def decode_mask(stored: torch.Tensor, shape: tuple[int, int], version: int = VERSION) -> torch.Tensor:
@@ -107,10 +110,10 @@ def decode_bits(stored: torch.Tensor, shape: tuple[int, int], version: int = VER
     kind = int(stored[0])
     if kind == _PLAIN:
         return _decode_plain(stored[1:], shape)
-    if kind != _ENTROPY or 0 in shape:
+    if kind not in _DECODERS or 0 in shape or (kind == _GROUPS and version < 4):
         raise MaskFormatError(f"its first byte, {kind}, names no known code for shape {tuple(shape)}")
     try:
-        packed = entropy.decode_packed(stored[1:].cpu().numpy(), shape)
+        packed = _DECODERS[kind](stored[1:].cpu().numpy(), shape)
     except ValueError as error:
         raise MaskFormatError(str(error)) from error
     return torch.from_numpy(packed).to(stored.device)

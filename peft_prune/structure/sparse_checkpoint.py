@@ -34,6 +34,7 @@ from .record import FIELD
 
 SPARSE = "peft_prune_sparse"  # of the model's config
 FILE = "sparse_model.safetensors"  # no name that from_pretrained would take for a whole model
+_FORMATS = (3, VERSION)  # of masks
 _MASK, _VALUES = ".peft_prune_mask", ".peft_prune_values"
 _FIX = "The file is damaged, or belongs to another config.json. Download or save it again."
 
@@ -172,7 +173,7 @@ def _sparse_form(tensor: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor, to
 
 def _check_record(record: Any) -> None:
     known = isinstance(record, dict) and {"format", "masks", "tensors"} <= record.keys()
-    if known and record["format"] != VERSION:
+    if known and record["format"] not in _FORMATS:
         raise ValueError(f"{SPARSE}: format {record['format']!r} is not known to this version. Upgrade peft_prune.")
     masks = record["masks"] if known else None
     if not (isinstance(masks, dict) and is_tensor_record(record["tensors"])):
