@@ -52,10 +52,19 @@ METHODS: dict[str, Any] = {
     "P-pruning, repair": lambda **f: PPruningConfig(repair=True, **f),
     "P-pruning": lambda **f: PPruningConfig(**f),
 }
+TWO_STEPS = "loss, repair, in two steps"  # half of the way, merged, and the other half from there
+METHODS[TWO_STEPS] = METHODS["loss, repair"]
 KEPT = (0.8, 0.9, 0.6)
 # (method, keep, seed), the most important first
 GRID = [("dense", 1.0, 0)] + [(method, keep, 0) for keep in KEPT for method in (*METHODS, "FLAP")]
 GRID += [("loss, repair", 0.8, seed) for seed in (1, 2)]
+
+
+def pruned(model: Any, method: str, keep: float, windows: Any, seed: int) -> tuple[Any, dict[str, float]]:
+    """The model with a calibrated adapter, and what that keeps."""
+    fields = {"task_type": "CAUSAL_LM", "keep_ratio": keep, "sequence_length": LENGTH, "seed": seed}
+    model = get_peft_model(model, METHODS[method](**fields, num_samples=len(windows)))
+    return model, calibrate(model, [{"input_ids": rows} for rows in windows.split(4)])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -70,10 +79,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found |= {"adapter_bytes": 0, "parameters": model_size(model).parameters - found["shares"].pop("removed")}
     elif args.method != "dense":
         windows = calibration_windows(tokenizer, args)
-        fields = {"task_type": "CAUSAL_LM", "keep_ratio": args.keep, "sequence_length": LENGTH, "seed": args.seed}
-        model = get_peft_model(model, METHODS[args.method](**fields, num_samples=len(windows)))
         start = time.process_time()
-        found["shares"] = calibrate(model, [{"input_ids": rows} for rows in windows.split(4)])
+        if args.method == TWO_STEPS:
+            model, _ = pruned(model, args.method, args.keep**0.5, windows, args.seed)
+            model = model.merge_and_unload()
+        keep = args.keep**0.5 if args.method == TWO_STEPS else args.keep
+        model, found["shares"] = pruned(model, args.method, keep, windows, args.seed)
         found |= {"calibration_cpu_seconds": round(time.process_time() - start), "peak_gb": round(peak_memory(), 2)}
         found["adapter_bytes"] = sum(
             tensor.numel() * tensor.element_size()
