@@ -211,8 +211,8 @@ def _tokenizer(sources: list[Optional[str]]) -> Any:
     """The tokenizer that lies beside an adapter, or else beside its base model; `None` if there is none."""
     for source in filter(None, sources):
         try:
-            return transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError):
+            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception:  # whatever is wrong with a tokenizer, the model is written
             continue
     return None
 
