@@ -36,7 +36,8 @@ class MatrixLayer(PruningLayer):
         # of more than two dimensions the output would be a view made in the function, and such may not be changed in
         # place, as DeBERTa does with its queries
         flat = x.reshape(-1, x.shape[-1])
-        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, bits, penalty, self.block(name))
+        block, apart = self.block(name), recipe.update.apart
+        result = MaskedLinear.apply(flat, scores, update, self.matrix, bias, bits, penalty, block, apart)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     def _is_selected_in_training(self, name: str) -> bool:

@@ -46,6 +46,7 @@ class LowRank(Update):
     stores = "mask, and the factors of the update"
     tensors = ("A", "B", "sparse")
     stored = ("support",)
+    apart = True
     watched = ("B",)  # while it is 0, A does not move
 
     @property
