@@ -22,12 +22,16 @@ def expected(name):
     return json.loads((folder(name) / "expected.json").read_text())
 
 
-def check_record(found, before):
-    """All that was recorded before; what is recorded of a mask may have more fields by now."""
+def check_record(found, before, coded_alike=True):
+    """All that was recorded before; what is recorded of a mask may have more fields by now.
+
+    Masks of 2:4 have a shorter code since format 4, and with it another length and checksum: not `coded_alike`.
+    """
     assert found["kept"] == before["kept"]
     assert found["steps"] == before["steps"]
     assert found["masks"] == before["masks"]
-    assert {field: found["record"].get(field) for field in before["record"]} == before["record"]
+    for field in set(before["record"]) - (set() if coded_alike else {"bytes", "crc32"}):
+        assert found["record"].get(field) == before["record"][field], field
 
 
 def close_to(found, before):
@@ -92,7 +96,7 @@ def test_every_training_is_pinned():
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_gives_the_masks_of_before(name):
-    check_record(run(TRAININGS[name]), BEFORE["alone"][name])
+    check_record(run(TRAININGS[name]), BEFORE["alone"][name], coded_alike=not name.endswith("2:4"))
 
 
 def test_masks_depend_on_the_data():
