@@ -18,9 +18,7 @@ class Update:
     tensors: ClassVar[tuple[str, ...]] = ()  # kinds of trained tensors that it owns
     stored: ClassVar[tuple[str, ...]] = ()  # kinds of buffers that it owns
     trains_under_mask: ClassVar[bool] = False  # whether what is trained is seen through the mask
-    apart: ClassVar[bool] = (
-        False  # whether it has a product of its own in training, as in LoRA, so that no rounding eats it
-    )
+    apart: ClassVar[bool] = False  # whether it is multiplied by itself in half precision, as in LoRA
     fits: ClassVar[bool] = False  # whether it looks at inputs behind pruned layers, once all masks are chosen
     watched: ClassVar[tuple[str, ...]] = ()  # of the trained ones, those that move from the first step on
 
