@@ -38,9 +38,9 @@ RESULTS = FOLDER / "structured_accuracy.jsonl"
 KEPT = (0.7, 0.5, 0.3)
 STEPS = {"movies": 250, "stsb": 160}
 METHODS: dict[str, Any] = {
-    "loss, repair": lambda **f: StructuredPruningConfig(criterion="loss", **f),
-    "loss, repair, more heads": lambda **f: StructuredPruningConfig(criterion="loss", lambda_ffn=5.0, **f),
-    "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", **f),
+    "loss, repair": lambda **f: StructuredPruningConfig(lambda_ffn=None, **f),  # heads and neurons in one list
+    "loss, repair, more heads": lambda **f: StructuredPruningConfig(**f),  # the default of a classifier: λ = 5
+    "activation, repair": lambda **f: StructuredPruningConfig(criterion="activation", lambda_ffn=None, **f),
     "P-pruning": lambda **f: PPruningConfig(**f),
     "P-pruning, repair": lambda **f: PPruningConfig(repair=True, **f),
     "magnitude": lambda **f: StructuredPruningConfig(criterion="magnitude", repair=False, **f),

@@ -193,7 +193,9 @@ def test_choice_and_repair_are_those_of_the_definition(name):
     """Counts from the dense model; then each layer chosen and refitted behind what is pruned before it."""
     model = get_peft_model(
         small(name),
-        StructuredPruningConfig(keep_ratio=0.65, sequence_length=12, value_dtype="float32", min_share=0.0),
+        StructuredPruningConfig(
+            keep_ratio=0.65, sequence_length=12, value_dtype="float32", min_share=0.0, lambda_ffn=None
+        ),
     )
     calibrate(model, texts())
     units, layers = alive(model), {layer.module_name: layer for layer in pruning_layers(model)}
@@ -269,6 +271,17 @@ def test_heads_and_neurons_lose_what_lambda_says(ratio):
     wanted = 0.3 * model_size(make("bert"), 10).macs
     assert 0 <= lost["heads"] - wanted / (1 + ratio) < costs["heads"]
     assert 0 <= lost["neurons"] - wanted * ratio / (1 + ratio) < costs["neurons"]
+
+
+def test_lambda_is_five_unless_tokens_are_predicted():
+    def kept(name, **fields):
+        return {key: units.tolist() for key, units in alive(pruned(name, keep_ratio=0.5, **fields)[0]).items()}
+
+    for fields in ({}, {"criterion": "activation"}):
+        assert kept("bert", **fields) == kept("bert", lambda_ffn=5, **fields) != kept("bert", lambda_ffn=None, **fields)
+        assert kept("llama", **fields) == kept("llama", lambda_ffn=None, **fields)
+    fields = {"criterion": "random"}  # a baseline takes equal shares
+    assert kept("bert", **fields) == kept("bert", lambda_ffn=None, **fields) != kept("bert", lambda_ffn=5, **fields)
 
 
 @pytest.mark.parametrize("criterion", ["similarity", "magnitude", "random"])
@@ -471,6 +484,7 @@ BAD = [
     ({"budget": "latency"}, "budget='latency' is unknown. Use one of 'flops', 'parameters'"),
     ({"criterion": "wanda"}, "criterion='wanda' is unknown"),
     ({"lambda_ffn": -1}, "lambda_ffn=-1"),
+    ({"lambda_ffn": "free"}, "lambda_ffn='free' must be a number"),
     ({"min_share": 1.2}, "min_share=1.2"),
     ({"repair": "yes"}, "repair='yes' must be True or False"),
     ({"damping": 0.0}, "damping=0.0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Union
 
 from peft.utils import PeftType
 
@@ -15,7 +15,7 @@ from ..importance.similarity import Similarity
 from ..importance.units import UnitImportance
 from ..importance.whole_blocks import BlockInfluence, BlockLoss
 from ..recipe import Moment, Recipe
-from ..rules.budget import Budget
+from ..rules.budget import AUTO, Budget
 from ..rules.whole_layers import WholeLayers
 from ..structure.flops import BUDGETS
 from ..tuner.registration import register_method
@@ -50,8 +50,9 @@ class StructuredPruningConfig(UnitsConfig):
             calibration data. The adapter then holds new values of the matrices that heads and neurons feed, not only a
             mask.
         lambda_ffn (`float`, *optional*):
-            How much more is removed from neurons than from heads; by default both are ranked in one list. Use 5 if the
-            model is pruned before it is fine-tuned for a task, which needs heads that it hardly used before.
+            How much more is removed from neurons than from heads; `None` ranks both in one list. `"auto"` is one list
+            for a model that predicts tokens, and 5 for others, such as classifiers: a task that the model is yet to be
+            fine-tuned for may need heads that it hardly used before.
         min_share (`float`):
             Share of the heads and of the neurons of each layer that is always kept; at least one is.
         keep_layers (`int`, *optional*):
@@ -91,8 +92,8 @@ class StructuredPruningConfig(UnitsConfig):
     budget: str = field(default="flops", metadata={"help": "'flops' or 'parameters'."})
     criterion: str = field(default="loss", metadata={"help": f"One of {', '.join(CRITERIA)}."})
     repair: bool = field(default=True, metadata={"help": "Whether kept weights compensate for removed ones."})
-    lambda_ffn: Optional[float] = field(
-        default=None, metadata={"help": "How much more is removed from neurons than from heads; None: one list."}
+    lambda_ffn: Union[float, str, None] = field(
+        default=AUTO, metadata={"help": "How much more is removed from neurons than from heads; None: one list."}
     )
     min_share: float = field(default=0.05, metadata={"help": "Share of the units of each layer that is always kept."})
     sequence_length: int = field(default=512, metadata={"help": "Tokens of the sequence that FLOPs are counted for."})
@@ -107,9 +108,8 @@ class StructuredPruningConfig(UnitsConfig):
         super().__post_init__(density)
         self.peft_type = PeftType("STRUCTURED")
         check_choice("criterion", self.criterion, CRITERIA)
-        if self.lambda_ffn is not None:
-            check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, "P-pruning's paper uses 5; None is one list.")
-
+        if self.lambda_ffn not in (None, AUTO):
+            check_number("lambda_ffn", self.lambda_ffn, 0.0, 1e9, f"Use {AUTO!r}, or None for one list.")
         if self.keep_layers is not None:
             check_whole("keep_layers", self.keep_layers, 1)
         check_choice("layer_criterion", self.layer_criterion, tuple(BLOCKS))

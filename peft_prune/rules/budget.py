@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .base import Rule
 from .whole_layers import WholeLayers
 
 
+AUTO = "auto"
+_PAPERS_RATIO = 5.0  # of P-pruning
 _COUNTED = {"flops": "FLOPs", "parameters": "parameters"}
 
 
@@ -29,10 +31,12 @@ class Budget(Rule):
 
     With λ, heads and neurons share out what goes as 1 : λ (P-pruning, Wang et al. 2024, section 3.3). Without, all are
     in one list, by loss per cost; where an importance says nothing of losses, layers lose equal shares of their units.
+    `"auto"` is one list, but for losses in a model whose predictions are not tokens: then λ is 5. Such a model may be
+    pruned before its head is trained, and losses do not show which heads a new task needs.
 
     Args:
         keep_ratio (`float`): share of the cost that stays.
-        lambda_ffn (`float`, *optional*): λ, how much more is taken from neurons than from heads.
+        lambda_ffn (`float` or `"auto"`, *optional*): λ, how much more is taken from neurons than from heads.
         sequence_length (`int`): tokens of the sequence that FLOPs are counted for.
         budget (`str`): what is counted, `"flops"` or `"parameters"`.
         min_share (`float`): share of the units of each layer that stays in any case; at least one does.
@@ -41,7 +45,7 @@ class Budget(Rule):
     """
 
     keep_ratio: float = 0.5
-    lambda_ffn: Optional[float] = 5.0
+    lambda_ffn: Union[float, str, None] = 5.0
     sequence_length: int = 128
     budget: str = "flops"
     min_share: float = 0.0
@@ -100,14 +104,15 @@ class Budget(Rule):
         removed = self._removed(model, name, layers, sites)
         importance = layers[0].host[name].recipe.importance
         generator = torch.Generator().manual_seed(importance.seed)
+        ratio = self._ratio(model, importance.comparable)
         plans = []
         left = [module for module in sites if module not in removed]
         for module in tqdm(left, desc="calibrate: compare units", unit="layer", disable=not seen):  # others are quick
             heights, order = importance.order(model, sites[module], (seen or {}).get(module), generator)
-            plans.append(self._plan(model, sites[module], heights, order, importance.comparable))
+            plans.append(self._plan(model, sites[module], heights, order, importance.comparable, ratio))
         cost = sum(removed.values())
         what = _COUNTED[self.budget]
-        kept = agreed(choose_units(plans, self.keep_ratio, self.lambda_ffn, what, cost, self.shapes))
+        kept = agreed(choose_units(plans, self.keep_ratio, ratio, what, cost, self.shapes))
         masks = {}
         for layer in layers:
             site = sites[layer.module_name]
@@ -115,13 +120,21 @@ class Budget(Rule):
             masks[layer.module_name] = _columns(layer, site.columns[units])
         return masks
 
-    def _plan(self, model: Any, site: Site, heights: np.ndarray, order: np.ndarray, comparable: bool) -> Plan:
+    def _ratio(self, model: Any, comparable: bool) -> Optional[float]:
+        """λ for this model; none for one list."""
+        if self.lambda_ffn != AUTO:
+            return cast(Optional[float], self.lambda_ffn)
+        return _PAPERS_RATIO if comparable and not _predicts_tokens(model) else None
+
+    def _plan(
+        self, model: Any, site: Site, heights: np.ndarray, order: np.ndarray, comparable: bool, ratio: Optional[float]
+    ) -> Plan:
         """What may go, at heights that can be compared."""
         cost = self._cost(model, site)
         most = site.units - max(1, math.ceil(self.min_share * site.units))
         if comparable:
             heights = heights / cost
-        elif self.lambda_ffn is None:
+        elif ratio is None:
             heights = np.arange(1, len(order) + 1) / site.units
         return Plan(site, cost, heights[:most], order[:most])
 
@@ -156,6 +169,10 @@ def _columns(layer: Any, columns: torch.Tensor) -> torch.Tensor:
     kept = torch.zeros(layer.shape[1], dtype=torch.bool)
     kept[columns.flatten()] = True
     return kept.expand(layer.shape).contiguous()
+
+
+def _predicts_tokens(model: Any) -> bool:
+    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 
 def sites_of(model: Any, layers: list[Any]) -> dict[str, Site]:
